@@ -1,0 +1,1 @@
+"""Tensor maths on one device: imports torch and the standard library, no process group."""

@@ -1,0 +1,46 @@
+"""What a run would be: its configuration, layout, sizes and memory, without starting it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from megatron_m1.config import RunConfig
+from megatron_m1.training import memory, phases
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """The answer to ``dry_run=true``."""
+    model, train = config.model, config.train
+    kinds = model.layer_kinds
+    body, active = model.num_params(), model.active_params()
+    steps = phases.total_steps(train)
+    fullest = memory.estimate(config, world_size)
+    return "\n".join(
+        [
+            "# configuration",
+            yaml.safe_dump(asdict(config), sort_keys=False).rstrip(),
+            "# layout",
+            config.parallel.describe(world_size),
+            "# model",
+            f"{kinds.count('L')} lightning and {kinds.count('S')} softmax layers",
+            f"{body:,} parameters; {active:,} active a token without embedding and LM head",
+            f"{model.flops_per_token(train.seq_length) / 1e9:,.2f} GFLOP a trained token at "
+            f"documents of {train.seq_length} tokens",
+            "# run",
+            f"{steps:,} steps, {phases.total_tokens(train):,} tokens, "
+            f"{train.global_batch * train.seq_length:,} tokens in the first step",
+            "# memory (estimate)",
+            f"{fullest.parameters:,} parameters on the fullest process",
+            fullest.describe(),
+        ]
+    )
+
+
+def write_config(config: RunConfig) -> None:
+    """Keep the resolved configuration beside the run's metrics."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))

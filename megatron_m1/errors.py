@@ -1,0 +1,28 @@
+"""Errors that a user can mend, and the exit codes of the programs."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_USAGE = 64
+EXIT_INPUT = 74
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The text is one clear sentence a problem: what, which value,
+    what would be right. Programs print it without a traceback and exit with ``exit_code``."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UserError):
+    """A key, a value, or a combination of values that cannot run; holds every problem found."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class InputError(UserError):
+    """A file or checkpoint that is missing, damaged, or belongs to something else."""
+
+    exit_code = EXIT_INPUT

@@ -1,0 +1,1 @@
+"""Text and scores from a trained model, in any layout."""

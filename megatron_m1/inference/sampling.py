@@ -1,0 +1,92 @@
+"""Continue a prompt, one token at a time.
+
+Each token runs the whole text through the model again: right in every layout, and quadratic in the
+length. Incremental decoding with a state cache is not built yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.inference.logits import over_logits, padded_length
+from megatron_m1.model.build import unwrap
+from parallel.layout import Layout
+from parallel.packing import PackedRow
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: sample from the fewest tokens whose probabilities reach this sum.
+        seed: of the draws; every process draws the same.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token from logits [V]."""
+    logits = logits.float().cpu()
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    # The first token stays whatever top_p is.
+    probabilities[(before >= sampling.top_p) & (before > 0)] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def continue_tokens(
+    chunks: list[nn.Module],
+    layout: Layout,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """The tokens that follow ``prompt``, up to and without ``stop``. Collective."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        token = choose(_next_logits(chunks, layout, tokens), sampling, generator)
+        if token == stop:
+            return
+        tokens.append(token)
+        yield token
+
+
+def continue_text(
+    chunks: list[nn.Module],
+    layout: Layout,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Iterator[str]:
+    """The text that follows ``prompt``, in pieces of whole characters."""
+    stream = tokenizer.decode_stream()
+    # A model that has seen only whole documents starts an empty prompt where a document starts.
+    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    for token in continue_tokens(chunks, layout, ids, max_new_tokens, sampling, tokenizer.eod):
+        yield stream.step(token)
+
+
+def _next_logits(chunks: list[nn.Module], layout: Layout, tokens: list[int]) -> Tensor:
+    row = PackedRow.from_documents(
+        [torch.tensor(tokens)], pad_to=padded_length(len(tokens), layout)
+    )
+    last = len(tokens) - 1
+    (logits,) = over_logits(
+        chunks, [row], lambda logits, row: logits[last].clone(), (unwrap(chunks[0]).vocab_size,)
+    )
+    return logits

@@ -1,0 +1,46 @@
+"""What attention must know of a packed row, carried through Megatron's ``packed_seq_params``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from parallel.packing import PackedRow
+
+
+@dataclass
+class RowParams(PackedSeqParams):
+    """Megatron's packed parameters with the position of each token in its document.
+
+    T: tokens of the row; cu_seqlens_q and cu_seqlens_kv are the same [N+1] int32 boundaries.
+    """
+
+    positions: Tensor | None = None
+    """[T] int64, from 0 in each document."""
+
+    def __post_init__(self) -> None:
+        self._rope: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def of(cls, row: PackedRow) -> RowParams:
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=row.cu_seqlens,
+            cu_seqlens_kv=row.cu_seqlens,
+            max_seqlen_q=row.max_seqlen,
+            max_seqlen_kv=row.max_seqlen,
+            positions=row.positions,
+        )
+
+    def rope(self, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, rotary_dim / 2] float32, computed once for all layers of a micro-batch."""
+        key = (rotary_dim, theta)
+        if key not in self._rope:
+            assert self.positions is not None
+            exponent = torch.arange(0, rotary_dim, 2, device=self.positions.device) / rotary_dim
+            angles = self.positions[:, None].float() * theta**-exponent.float()
+            self._rope[key] = (angles.cos(), angles.sin())
+        return self._rope[key]

@@ -1,0 +1,92 @@
+"""Our sizes and degrees in Megatron-core's words."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_m1.config import TrainConfig
+from megatron_m1.model.config import ModelConfig
+from megatron_m1.model.moe import HAVE_TE
+from parallel.host import has_accelerator
+from parallel.layout import Layout
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(
+    model: ModelConfig, layout: Layout, train: TrainConfig | None = None, precision: str = "fp32"
+) -> TransformerConfig:
+    """Megatron's configuration of the model.
+
+    Args:
+        train: where the recomputation is taken from; None (inference) recomputes nothing.
+        precision: fp32 or bf16, of weights and activations.
+    """
+    dtype = PRECISION[precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.ffn_hidden_size,
+        moe_router_topk=model.router_topk,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=model.aux_loss_coef,
+        moe_expert_capacity_factor=model.capacity_factor,
+        moe_token_drop_policy=model.drop_policy,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=HAVE_TE,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        pipeline_model_parallel_layout=layout.pipeline_layout,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.uses_sequence_parallel,
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=has_accelerator(),
+        # Losses and gradients are divided by the number of trained tokens, not of rows.
+        calculate_per_token_loss=True,
+        # Lightning and softmax layers cannot be stacked under one key of a checkpoint.
+        hetereogenous_dist_checkpoint=True,
+        # Weights are made on the device that torch.device() sets and filled by model.init.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=has_accelerator(),
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_recomputation(train),
+    )
+
+
+def _recomputation(train: TrainConfig | None) -> dict:
+    if train is None or train.recompute == "none":
+        return {}
+    if train.recompute == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(train.recompute_modules),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }

@@ -1,0 +1,70 @@
+"""One layer in MiniMax's DeepNorm wiring.
+
+    u = norm1(x);  y = alpha u + beta attention(u);  w = norm2(y);  out = alpha w + beta moe(w)
+
+The residual is the *normed* input, which makes this a post-norm network with one more norm on the
+embedding (MiniMax-01, arXiv 2501.08313, section 2.3; ``postnorm`` in MiniMax-M1's modeling code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class ScaledResidual:
+    """alpha * residual + beta * branch, in the shape that Megatron builds and calls a
+    bias-dropout-add."""
+
+    def __init__(self, alpha: float, beta: float) -> None:
+        self.alpha = alpha
+        self.beta = beta
+
+    def __call__(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        return self.add
+
+    def add(self, branch_and_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        branch, _ = branch_and_bias
+        if self.beta != 1.0:
+            branch = branch * self.beta
+        return torch.add(branch, residual, alpha=self.alpha)
+
+
+class DeepNormLayer(TransformerLayer):
+    """A Megatron layer that takes its residuals from norms with ``returns_residual``.
+
+    Megatron-core 0.16.1 takes the residual before the norm and has no hook for another; its main
+    branch has, and makes these two methods superfluous. ``overlap_moe_expert_parallel_comm`` calls
+    around ``_forward_mlp`` and would train a pre-norm model, so ``transformer_config`` never sets
+    it.
+    """
+
+    def _forward_attention(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        normed, residual = self.input_layernorm(hidden_states)
+        branch = self.self_attention(
+            normed, attention_mask=attention_mask, packed_seq_params=packed_seq_params
+        )
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        return add(branch, residual, self.hidden_dropout), None
+
+    def _forward_mlp(
+        self,
+        hidden_states: Tensor,
+        inference_context: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        normed, residual = self.pre_mlp_layernorm(hidden_states)
+        branch = self.mlp(normed, padding_mask=padding_mask)
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add(branch, residual, self.hidden_dropout)

@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics while it trains, and a report afterwards."""

@@ -1,0 +1,25 @@
+"""Lets the trained model continue a prompt."""
+
+from __future__ import annotations
+
+from megatron_m1.inference.sampling import Sampling, continue_text
+from megatron_m1.training.callbacks import Callback
+from megatron_m1.training.run import Run
+
+
+class Sampler(Callback):
+    """Shows a greedy continuation of ``prompt`` when training ends."""
+
+    def __init__(self, prompt: str, tokens: int) -> None:
+        self.prompt = prompt
+        self.tokens = tokens
+
+    def on_end(self, run: Run) -> None:
+        if run.config.parallel.vpp:
+            # The interleaved schedule takes several rows at a time; generation has one.
+            return
+        assert run.tokenizer is not None
+        pieces = continue_text(
+            run.chunks, run.config.parallel, run.tokenizer, self.prompt, self.tokens, Sampling()
+        )
+        run.sinks.text(run.progress.step, "sample", self.prompt + "".join(pieces))

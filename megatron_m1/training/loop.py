@@ -1,0 +1,37 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from megatron_m1.training.metrics import step_metrics
+from megatron_m1.training.run import Run
+from megatron_m1.training.step import train_step
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is NaN or infinite: the weights are not worth going on with."""
+
+
+def train(run: Run) -> None:
+    """Train until the run's steps or tokens are reached.
+
+    Raises:
+        NotFinite: a step's loss or gradient norm is not a number; nothing is saved after it.
+    """
+    while not run.finished:
+        started = time.perf_counter()
+        result = train_step(run)
+        seconds = time.perf_counter() - started
+        if not math.isfinite(result.loss + result.grad_norm):
+            raise NotFinite(
+                f"step {run.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}"
+            )
+        metrics = step_metrics(run, result, seconds)
+        for callback in run.callbacks:
+            callback.on_step(run, metrics)
+        run.sinks.log(run.progress.step, metrics)
+
+    for callback in run.callbacks:
+        callback.on_end(run)

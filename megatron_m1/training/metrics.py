@@ -1,0 +1,114 @@
+"""What is recorded of a step."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+from torch import Tensor
+
+from megatron_m1.model.build import unwrap
+from megatron_m1.model.moe import Float32Router
+from megatron_m1.observe.sinks import Metrics
+from megatron_m1.training.run import Run
+from megatron_m1.training.step import StepResult
+from parallel import host
+from parallel.packing import PackedRow
+
+# Dense bfloat16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets.
+_BF16_PEAK = {"H800": 989.4e12, "H100": 989.4e12, "H200": 989.4e12, "A800": 312e12, "A100": 312e12}
+
+
+def step_metrics(run: Run, result: StepResult, seconds: float) -> Metrics:
+    """The record of one step, the same on every process. Collective."""
+    tokens_per_second = result.tokens / seconds
+    flops = run.config.model.flops_per_token(mean_document_length(result.rows))
+    metrics: Metrics = {
+        "train/step": run.progress.step,
+        "train/loss": result.loss,
+        "train/tokens": run.progress.tokens,
+        "train/samples": run.reader.consumed,
+        "optim/lr": result.learning_rate,
+        "optim/grad_norm": result.grad_norm,
+        "perf/tokens_per_s": tokens_per_second,
+        "perf/tflops": tokens_per_second * flops / dist.get_world_size() / 1e12,
+        "perf/peak_mem_gib": peak_memory() / 2**30,
+        "time/step": seconds,
+        "time/data": result.data_seconds,
+        **_aux_loss(run, len(result.rows)),
+        **_expert_load(run),
+    }
+    peak = peak_flops(run.config.train.precision)
+    if peak:
+        metrics["perf/mfu"] = tokens_per_second * flops / dist.get_world_size() / peak
+    return metrics
+
+
+def mean_document_length(rows: list[PackedRow]) -> float:
+    """Mean length of the documents that a token sits in: sum of squares over sum. What softmax
+    attention costs grows with it, not with the row."""
+    lengths = torch.cat([row.cu_seqlens_host.diff() for row in rows]).double()
+    return float(lengths.square().sum() / lengths.sum())
+
+
+def peak_flops(precision: str) -> float | None:
+    """The device's peak in FLOP/s where it is known: bfloat16 on the cards in the table."""
+    if precision != "bf16" or not host.has_accelerator():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _BF16_PEAK.items() if part in name), None)
+
+
+def peak_memory() -> float:
+    """The most bytes this process has held: on the device, or resident without one."""
+    if host.has_accelerator():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _aux_loss(run: Run, micro_batches: int) -> Metrics:
+    """Megatron's load-balancing loss (1 when balanced), averaged over layers and micro-batches."""
+    if not run.config.model.aux_loss_coef:
+        return {}
+    losses: dict[str, Tensor] = {}
+    track_moe_metrics(
+        1 / micro_batches,
+        run.progress.step,
+        writer=None,
+        total_loss_dict=losses,
+        force_initialize=True,
+        track_names=["load_balancing_loss"],
+        num_layers=run.config.model.num_layers,
+    )
+    return {"train/aux_loss": float(losses["load_balancing_loss"])}
+
+
+def _expert_load(run: Run) -> Metrics:
+    """How the routers spread the step's tokens over the experts of each layer."""
+    routed, offered = _take_counts(run)
+    load = routed / routed.sum(dim=1, keepdim=True).clamp(min=1)
+    metrics: Metrics = {
+        "moe/max_violation": float(load.max() * run.config.model.num_experts - 1),
+        "moe/drop_frac": 1 - float(routed.sum()) / max(offered, 1),
+    }
+    every = run.config.logger.moe_load_every
+    if every and run.progress.step % every == 0:
+        metrics["moe/load"] = [[round(share, 5) for share in row] for row in load.tolist()]
+    return metrics
+
+
+def _take_counts(run: Run) -> tuple[Tensor, float]:
+    """[layers, experts] tokens routed over all processes, and the assignments offered."""
+    model = run.config.model
+    counts = torch.zeros(model.num_layers, model.num_experts + 1, device=host.device())
+    for chunk in run.chunks:
+        for layer in unwrap(chunk).decoder.layers:
+            router: Float32Router = layer.mlp.router
+            routed, offered = router.take_counts()
+            counts[layer.layer_number - 1, :-1] = routed
+            counts[layer.layer_number - 1, -1] = offered
+    dist.all_reduce(counts)
+    return counts[:, :-1], float(counts[:, -1].sum())
+

@@ -1,0 +1,37 @@
+"""Megatron's AdamW over the model chunks."""
+
+from __future__ import annotations
+
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import nn
+
+from megatron_m1.config import OptimConfig
+from megatron_m1.model.transformer_config import PRECISION
+
+
+def build_optimizer(
+    chunks: list[nn.Module], optim: OptimConfig, precision: str
+) -> MegatronOptimizer:
+    """AdamW with FP32 master weights and moments. Norm weights are not decayed (Megatron's rule:
+    no decay for one-dimensional parameters)."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=PRECISION[precision],
+        use_distributed_optimizer=optim.distributed,
+        overlap_param_gather=optim.overlap_param_gather,
+    )
+    return get_megatron_optimizer(settings, chunks)
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Give every parameter group the rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,1 @@
+"""Process groups, packed rows and collectives: knows torch.distributed, no model."""

@@ -1,0 +1,36 @@
+"""Pools of processes shared by the whole session, and Megatron on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from parallel import host
+from tests.distributed import Pool
+
+host.enable()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Pool]]:
+    """``ranks(n)`` is a pool of n ranks, started on first use and again after a failure."""
+    pools: dict[int, Pool] = {}
+
+    def pool(size: int) -> Pool:
+        if size not in pools or not pools[size].alive:
+            pools[size] = Pool(size)
+        return pools[size]
+
+    yield pool
+    for started in pools.values():
+        started.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if host.has_accelerator():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

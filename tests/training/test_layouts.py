@@ -1,0 +1,47 @@
+"""From the same weights and data, every layout trains the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import Pool
+from tests.training.small_run import LAYOUTS, curve, small_config, whole_weights, write_data
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: Callable[[int], Pool], prefix: str) -> list[dict[str, Any]]:
+    return ranks(1).run(curve, small_config("unused", prefix))
+
+
+def assert_same(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["losses"] == pytest.approx(expected[0]["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(expected[0]["norms"], rel=1e-4)
+    whole = whole_weights(results)
+    for name, weight in whole_weights(expected).items():
+        torch.testing.assert_close(whole[name], weight, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_follows_one_process(
+    name: str, ranks: Callable[[int], Pool], prefix: str, one_process: list[dict[str, Any]]
+) -> None:
+    size, layout = LAYOUTS[name]
+    config = replace(small_config("unused", prefix), parallel=layout)
+    assert_same(ranks(size).run(curve, config), one_process)
+
+
+def test_the_curve_falls(one_process: list[dict[str, Any]]) -> None:
+    losses = one_process[0]["losses"]
+    assert losses[-1] < losses[0] - 0.1
