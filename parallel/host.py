@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
 import warnings
 from typing import Any
 
@@ -65,7 +64,7 @@ def enable() -> None:
     if _enabled:
         return
     _check_megatron_version()
-    _silence_import_warnings()
+    _silence_known_warnings()
     if not has_accelerator():
         _patch_cuda_queries()
         _patch_cuda_random()
@@ -93,13 +92,16 @@ def _check_megatron_version() -> None:
         )
 
 
-def _silence_import_warnings() -> None:
-    """Megatron warns at import about each optional package; tools/doctor.py is the place for that.
-    Its CPU all-reduce also announces that gloo sees one device."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|apex).*")
+def _silence_known_warnings() -> None:
+    """What Megatron says on every machine of this kind and no user can act on: optional packages
+    that are absent, torch names it has yet to rename, gradients it reads from pipeline tensors."""
+    for message in (
+        ".*(Apex|apex|Transformer Engine|transformer_engine).*",
+        "`torch.distributed.*` is deprecated.*",
+        "The .grad attribute of a Tensor that is not a leaf.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -47,7 +47,7 @@ BENCH = ModelConfig(
     rotary_dim=64,
     ffn_hidden_size=512,
     vocab_size=8192,
-    balancing="none",
+    aux_loss_coef=0.0,
 )
 PACKAGES = ("torch", "megatron-core", "transformers")
 

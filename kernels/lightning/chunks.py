@@ -21,8 +21,10 @@ class Chunks:
 
     tokens: int
     size: int
-    heads: list[int]
-    """`[N]` the first chunk of each document of a row."""
+    heads_N: Tensor
+    """`[N]` int64 the first chunk of each document of a row."""
+    tails_N: Tensor
+    """`[N]` int64 the last chunk of each document of a row."""
     lengths_M: Tensor
     """`[M]` int64 tokens in each chunk."""
     slots_T: Tensor | None
@@ -34,37 +36,37 @@ class Chunks:
     def of_documents(cls, bounds: list[int], size: int, device: torch.device) -> "Chunks":
         """Chunks of `size` tokens for a row with the document borders `bounds`."""
         tokens = bounds[-1]
-        heads: list[int] = []
         lengths: list[int] = []
+        heads: list[int] = []
+        tails: list[int] = []
         shifts: list[int] = []
         for begin, end in pairwise(bounds):
             heads.append(len(lengths))
             shifts.append(len(lengths) * size - begin)
             full, rest = divmod(end - begin, size)
             lengths += [size] * full + ([rest] if rest or not full else [])
+            tails.append(len(lengths) - 1)
         slots_T = sources = None
         if len(heads) > 1:
-            document_lengths = torch.tensor(bounds).diff()
             place = torch.arange(tokens)
-            slots_T = place + torch.tensor(shifts).repeat_interleave(document_lengths)
+            slots_T = place + torch.tensor(shifts).repeat_interleave(torch.tensor(bounds).diff())
             sources = torch.full((len(lengths) * size,), tokens).scatter_(0, slots_T, place)
             slots_T, sources = slots_T.to(device), sources.to(device)
-        return cls(tokens, size, heads, torch.tensor(lengths, device=device), slots_T, sources)
+        heads_N, tails_N, lengths_M = (
+            torch.tensor(x, device=device) for x in (heads, tails, lengths)
+        )
+        return cls(tokens, size, heads_N, tails_N, lengths_M, slots_T, sources)
 
     @property
     def count(self) -> int:
         return self.lengths_M.shape[0]
 
-    @property
-    def tails(self) -> list[int]:
-        """`[N]` the last chunk of each document of a row."""
-        return [head - 1 for head in self.heads[1:]] + [self.count - 1]
-
     def split(self, x_BTHD: Tensor, dtype: torch.dtype) -> Tensor:
         """`[B, T, H, D]` of any strides to a contiguous `[B, M, H, C, D]` of `dtype`."""
         if self.sources is not None:
-            zero_at_the_end = pad(x_BTHD, (0, 0, 0, 0, 0, 1))
-            x_BTHD = zero_at_the_end.index_select(1, self.sources)
+            B, _, H, D = x_BTHD.shape
+            with_zero_at_T = torch.cat((x_BTHD, x_BTHD.new_zeros(B, 1, H, D)), dim=1)
+            x_BTHD = with_zero_at_T.index_select(1, self.sources)
         elif (missing := self.count * self.size - self.tokens) > 0:
             x_BTHD = pad(x_BTHD, (0, 0, 0, 0, 0, missing))
         x_BMHCD = x_BTHD.unflatten(1, (self.count, self.size)).transpose(2, 3)

@@ -94,16 +94,17 @@ class _Lightning(torch.autograd.Function):
         q, k, v = (chunks.split(x, dtype) for x in (q_BTHD, k_BTHD, v_BTHDv))
         decays = _decays(decay_H, chunks, dtype)
         added = _product((k * decays.keys_MHC1).mT, v)
-        entering, leaving = _carry(
-            added, decays.carry_MH11, initial_state_NHDDv, chunks.heads, chunks.tails, step=1
-        )
+        entering = _carry(added, decays.carry_MH11, initial_state_NHDDv, chunks.heads_N, step=1)
+        final_state = None
+        if return_final_state:
+            final_state = _leave(entering, added, decays.carry_MH11, chunks.tails_N)
         o = _product(q, entering).mul_(decays.queries_HC1)
         _add_product(o, _product(q, k.mT).mul_(decays.scores_HCC), v)
         ctx.save_for_backward(q_BTHD, k_BTHD, v_BTHDv, decay_H, entering)
         ctx.chunks = chunks
         ctx.has_initial_state = initial_state_NHDDv is not None
         ctx.set_materialize_grads(False)
-        return chunks.join(o, v_BTHDv.dtype), leaving if return_final_state else None
+        return chunks.join(o, v_BTHDv.dtype), final_state
 
     @staticmethod
     @once_differentiable
@@ -119,16 +120,18 @@ class _Lightning(torch.autograd.Function):
 
         do_decayed = do * decays.queries_HC1
         d_entering = _product(q.mT, do_decayed)
-        d_leaving, d_initial_state = _carry(
-            d_entering, decays.carry_MH11, d_final_state_NHDDv, chunks.tails, chunks.heads, step=-1
-        )
+        carry = decays.carry_MH11
+        d_leaving = _carry(d_entering, carry, d_final_state_NHDDv, chunks.tails_N, step=-1)
+        d_initial_state = None
+        if ctx.has_initial_state:
+            d_initial_state = _leave(d_leaving, d_entering, carry, chunks.heads_N)
         dq = _product(do_decayed, entering.mT)
         dk = _product(v, d_leaving.mT).mul_(decays.keys_MHC1)
         dv = _product(k, d_leaving).mul_(decays.keys_MHC1)
 
         scores = _product(q, k.mT).mul_(decays.scores_HCC)
         _add_product(dv, scores.mT, do)
-        d_scores = torch.matmul(do, v.mT, out=scores).mul_(decays.scores_HCC)
+        d_scores = _product(do, v.mT, out=scores).mul_(decays.scores_HCC)
         _add_product(dq, d_scores, k)
         _add_product(dk, d_scores.mT, q)
         return (
@@ -136,7 +139,7 @@ class _Lightning(torch.autograd.Function):
             chunks.join(dk, k_BTHD.dtype),
             chunks.join(dv, v_BTHDv.dtype),
             None,
-            d_initial_state if ctx.has_initial_state else None,
+            d_initial_state,
             None,
             None,
         )
@@ -146,40 +149,40 @@ def _carry(
     added_BMHDDv: Tensor,
     carry_MH11: Tensor,
     outer_NHDDv: Tensor | None,
-    heads: list[int],
-    tails: list[int],
+    heads_N: Tensor,
     step: int,
-) -> tuple[Tensor, Tensor]:
-    """Carry the state from chunk to chunk: what enters each, and what leaves each document.
+) -> Tensor:
+    """Carry the state from chunk to chunk: `[B, M, H, D, Dv]` that enters each chunk.
 
-    `heads` are the chunks where a document is entered (with `outer_NHDDv`, or zero) and `tails`
-    where it is left; the backward walks from the end of a document to its start with `step` -1.
+    `heads_N` are the chunks where a document is entered, with `outer_NHDDv` or zero. The backward
+    enters documents at their end and walks with `step` -1.
     """
-    entering_BMHDDv = torch.empty_like(added_BMHDDv)
-    B, M = added_BMHDDv.shape[:2]
-    is_head = [False] * M
-    for m in heads:
-        is_head[m] = True
-    if outer_NHDDv is None:
-        entering_BMHDDv[:, heads] = 0
-    else:
-        entering_BMHDDv[:, heads] = outer_NHDDv.unflatten(0, (B, len(heads)))
-    for m in range(M)[::step]:
-        if not is_head[m]:
+    entering_BMHDDv = torch.zeros_like(added_BMHDDv)
+    if outer_NHDDv is not None:
+        outer_BNHDDv = outer_NHDDv.unflatten(0, (-1, len(heads_N)))
+        entering_BMHDDv.index_copy_(1, heads_N, outer_BNHDDv)
+    added, carry, entering = added_BMHDDv.unbind(1), carry_MH11.unbind(0), entering_BMHDDv.unbind(1)
+    heads = set(heads_N.tolist())
+    for m in range(len(added))[::step]:
+        if m not in heads:
             last = m - step
-            torch.addcmul(
-                added_BMHDDv[:, last],
-                carry_MH11[last],
-                entering_BMHDDv[:, last],
-                out=entering_BMHDDv[:, m],
-            )
-    leaving_BNHDDv = added_BMHDDv[:, tails] + carry_MH11[tails] * entering_BMHDDv[:, tails]
-    return entering_BMHDDv, leaving_BNHDDv.flatten(0, 1)
+            torch.addcmul(added[last], carry[last], entering[last], out=entering[m])
+    return entering_BMHDDv
 
 
-def _product(a_BMHXY: Tensor, b_BMHYZ: Tensor) -> Tensor:
-    B, M, H = a_BMHXY.shape[:3]
-    return torch.bmm(a_BMHXY.flatten(0, 2), b_BMHYZ.flatten(0, 2)).unflatten(0, (B, M, H))
+def _leave(
+    entering_BMHDDv: Tensor, added_BMHDDv: Tensor, carry_MH11: Tensor, tails_N: Tensor
+) -> Tensor:
+    """The states `[B*N, H, D, Dv]` that leave the documents, whose last chunks are `tails_N`."""
+    entering, added = (x.index_select(1, tails_N) for x in (entering_BMHDDv, added_BMHDDv))
+    return added.addcmul_(carry_MH11[tails_N], entering).flatten(0, 1)
+
+
+def _product(a_BMHXY: Tensor, b_BMHYZ: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = a_BMHXY.new_empty(*a_BMHXY.shape[:-1], b_BMHYZ.shape[-1])
+    torch.bmm(a_BMHXY.flatten(0, 2), b_BMHYZ.flatten(0, 2), out=out.flatten(0, 2))
+    return out
 
 
 def _add_product(total_BMHXZ: Tensor, a_BMHXY: Tensor, b_BMHYZ: Tensor) -> None:

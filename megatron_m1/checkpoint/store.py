@@ -44,6 +44,7 @@ def save(run: Run) -> Path:
     Returns:
         The checkpoint's folder.
     """
+    run.finish_parameter_gather()
     final = run.checkpoint_dir / f"step_{run.progress.step:06d}"
     partial = final.with_suffix(".tmp")
     if _is_first():

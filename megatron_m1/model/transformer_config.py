@@ -69,6 +69,8 @@ def transformer_config(
         # Weights are made on the device that torch.device() sets and filled by model.init.
         use_cpu_initialization=True,
         perform_initialization=False,
+        # Named "full" by default, which Megatron itself warns about; graphs are off either way.
+        cuda_graph_scope=[],
         bias_activation_fusion=has_accelerator(),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

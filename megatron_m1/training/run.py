@@ -77,6 +77,13 @@ class Run:
             return self.progress.step >= steps
         return self.progress.tokens >= self.total_tokens
 
+    def finish_parameter_gather(self) -> None:
+        """Bring every weight up to date: with ``overlap_param_gather`` the sharded optimizer's
+        result reaches the other ranks only in the next forward pass."""
+        if self.config.optim.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
     def open_sinks(self) -> None:
         """Open the metric sinks on the first process; the others log nowhere."""
         if dist.get_rank() == 0:

@@ -30,7 +30,7 @@ TINY = ModelConfig(
     ffn_hidden_size=24,
     num_experts=4,
     vocab_size=96,
-    balancing="none",
+    aux_loss_coef=0.0,
 )
 
 

@@ -28,7 +28,8 @@ from parallel.layout import Layout
 
 MODEL = ModelConfig(
     name="small",
-    num_layers=8,
+    num_layers=4,
+    layer_pattern="LLLS",
     hidden_size=32,
     num_attention_heads=4,
     num_query_groups=2,
@@ -59,7 +60,7 @@ def small_config(folder: str, prefix: str, **sections: Any) -> RunConfig:
         data=DataConfig(corpus="indexed", train=[prefix]),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, clip_grad=0.5),
         train=TrainConfig(
-            steps=5, global_batch=8, micro_batch=1, seq_length=64, precision="fp32", report=False
+            steps=5, global_batch=4, micro_batch=1, seq_length=64, precision="fp32", report=False
         ),
         checkpoint=CheckpointConfig(),
         logger=LoggerConfig(console=False, wandb="disabled"),
@@ -82,6 +83,7 @@ def curve(config: RunConfig) -> dict[str, Any]:
         result = train_step(run)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+    run.finish_parameter_gather()
     return {"losses": losses, "norms": norms, "weights": weight_parts(run)}
 
 
@@ -119,7 +121,7 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
     "tp2_sp": (2, Layout(tp=2)),
     "pp2": (2, Layout(pp=2)),
     "pp2_interleaved": (2, Layout(pp=2, vpp=2)),
-    "pp2_uneven": (2, Layout(pp=2, pipeline_layout="Ettt|tttttL")),
+    "pp2_uneven": (2, Layout(pp=2, pipeline_layout="Et|tttL")),
     "ep2": (2, Layout(ep=2)),
     "dp2": (2, Layout()),
     "etp2_ep2": (4, Layout(tp=2, etp=2, ep=2)),

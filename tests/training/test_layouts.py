@@ -42,6 +42,37 @@ def test_layout_follows_one_process(
     assert_same(ranks(size).run(curve, config), one_process)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved"])
+def test_recomputation_changes_nothing(
+    recompute: str,
+    name: str,
+    ranks: Callable[[int], Pool],
+    prefix: str,
+    one_process: list[dict[str, Any]],
+) -> None:
+    size, layout = LAYOUTS[name]
+    config = replace(small_config("unused", prefix), parallel=layout)
+    train = replace(config.train, recompute=recompute, recompute_modules=["core_attn", "moe"])
+    assert_same(ranks(size).run(curve, replace(config, train=train)), one_process)
+
+
+def test_overlapped_communication_changes_nothing(
+    ranks: Callable[[int], Pool], prefix: str, one_process: list[dict[str, Any]]
+) -> None:
+    config = small_config("unused", prefix)
+    optim = replace(config.optim, overlap_grad_reduce=True, overlap_param_gather=True)
+    assert_same(ranks(2).run(curve, replace(config, optim=optim)), one_process)
+
+
+def test_plain_optimizer_equals_the_distributed_one(
+    ranks: Callable[[int], Pool], prefix: str, one_process: list[dict[str, Any]]
+) -> None:
+    config = small_config("unused", prefix)
+    optim = replace(config.optim, distributed=False)
+    assert_same(ranks(2).run(curve, replace(config, optim=optim)), one_process)
+
+
 def test_the_curve_falls(one_process: list[dict[str, Any]]) -> None:
     losses = one_process[0]["losses"]
     assert losses[-1] < losses[0] - 0.1
