@@ -11,13 +11,6 @@ from dataclasses import dataclass, field
 from megatron_m1.model.config import ModelConfig
 from parallel.layout import Layout
 
-SHAPES = ("constant", "linear", "cosine", "exponential")
-PRECISIONS = ("fp32", "bf16")
-RECOMPUTE = ("none", "selective", "full")
-RECOMPUTE_MODULES = ("core_attn", "moe")
-WANDB_MODES = ("auto", "offline", "online", "disabled")
-CORPORA = ("stdlib", "indexed")
-
 
 @dataclass
 class DataConfig:
@@ -126,8 +119,9 @@ class CheckpointConfig:
 
     Attributes:
         dir: folder of the checkpoints; null is ``RUN_DIR/checkpoints``.
-        load: a checkpoint, or a folder of checkpoints whose latest is taken; null resumes from
-            ``dir`` where it holds one.
+        load: start from this checkpoint, or from the latest in a folder of checkpoints or of a
+            run. Where ``dir`` holds a checkpoint the run goes on from that, as a restarted job
+            must; only a step folder within ``dir`` goes before its latest.
         every: steps between checkpoints; 0 saves at the end only.
         save_at_end: save when training ends.
     """
@@ -158,7 +152,14 @@ class LoggerConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that a pretraining run is made of."""
+    """Everything that a pretraining run is made of.
+
+    Attributes:
+        run_dir: folder of the metrics, the configuration, the report and the checkpoints.
+        world_size: how many processes the run is meant for; another number is refused. null takes
+            those that were started, and in a dry run the fewest that the layout divides.
+        dry_run: print configuration, layout, sizes and memory, and end.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: Layout = field(default_factory=Layout)
@@ -169,14 +170,28 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run_dir: str = "runs/default"
     seed: int = 1234
+    world_size: int | None = None
     dry_run: bool = False
 
 
 @dataclass
-class GenerateConfig:
-    """Text from a checkpoint; the model's sizes come from the checkpoint."""
+class LoadConfig:
+    """The checkpoint to read: a step's folder, a folder of checkpoints, or a run's folder."""
 
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    load: str | None = None
+
+
+@dataclass
+class GenerateConfig:
+    """Text from a checkpoint; the model's sizes come from the checkpoint.
+
+    Attributes:
+        tokenizer: a ``tokenizer.json`` or its folder; null is the checkpoint's.
+        temperature: 0 takes the most likely token.
+        top_p: sample from the fewest tokens whose probabilities reach this sum.
+    """
+
+    checkpoint: LoadConfig = field(default_factory=LoadConfig)
     parallel: Layout = field(default_factory=Layout)
     tokenizer: str | None = None
     eod: str = "<|endoftext|>"
@@ -199,148 +214,9 @@ class ScoreConfig:
         micro_batch: rows in one forward pass.
     """
 
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: LoadConfig = field(default_factory=LoadConfig)
     parallel: Layout = field(default_factory=Layout)
     tokens: str = ""
     out: str = ""
     micro_batch: int = 1
     precision: str = "fp32"
-
-
-def model_layout_problems(model: ModelConfig, layout: Layout) -> list[str]:
-    """Where the model's sizes and the layout's degrees do not divide."""
-    found = []
-    for size, degree in (
-        ("num_attention_heads", "tp"),
-        ("num_query_groups", "tp"),
-        ("vocab_size", "tp"),
-        ("num_experts", "ep"),
-        ("ffn_hidden_size", "etp"),
-    ):
-        amount, parts = getattr(model, size), getattr(layout, degree)
-        if parts >= 1 and amount % parts:
-            found.append(f"model.{size}={amount} is not divisible by parallel.{degree}={parts}")
-    stages = layout.pp * (layout.vpp or 1)
-    if layout.pipeline_layout is None and stages > 1 and model.num_layers % stages:
-        found.append(
-            f"model.num_layers={model.num_layers} cannot be cut evenly over pp*vpp={stages} stages: "
-            "give parallel.pipeline_layout, for example Ettt|tttttL"
-        )
-    if layout.pipeline_layout is not None:
-        found += _pipeline_layout_problems(layout, model.num_layers)
-    return found
-
-
-def _pipeline_layout_problems(layout: Layout, num_layers: int) -> list[str]:
-    from megatron.core.transformer.pipeline_parallel_layer_layout import (
-        PipelineParallelLayerLayout,
-    )
-
-    text, stages = str(layout.pipeline_layout), layout.pp * (layout.vpp or 1)
-    try:
-        parts = PipelineParallelLayerLayout.parse_str_to_list(text)
-    except (AssertionError, ValueError) as error:
-        return [f"parallel.pipeline_layout={text!r} cannot be read: {error}"]
-    found = []
-    if len(parts) != stages:
-        found.append(
-            f"parallel.pipeline_layout={text!r} has {len(parts)} stages, but pp*vpp={stages}"
-        )
-    layers = sum(part.count("decoder") for part in parts)
-    if layers != num_layers:
-        found.append(
-            f"parallel.pipeline_layout={text!r} has {layers} layers (t), but "
-            f"model.num_layers={num_layers}"
-        )
-    return found
-
-
-def run_problems(config: RunConfig, world_size: int) -> list[str]:
-    """Every reason why this run cannot start on ``world_size`` processes, one sentence each."""
-    found = config.model.problems() + config.parallel.problems(world_size)
-    if found:
-        return found
-    found += model_layout_problems(config.model, config.parallel)
-    found += _train_problems(config, config.parallel.data_parallel(world_size))
-    found += _optim_problems(config.optim)
-    found += _choice_problems(config)
-    return found
-
-
-def _train_problems(config: RunConfig, data_parallel: int) -> list[str]:
-    train, layout = config.train, config.parallel
-    found = []
-    if (train.steps is None) == (train.tokens is None):
-        found.append(
-            f"train.steps={train.steps} and train.tokens={train.tokens}: set exactly one of them"
-        )
-    for name in ("global_batch", "micro_batch", "seq_length"):
-        if getattr(train, name) < 1:
-            found.append(f"train.{name}={getattr(train, name)} must be at least 1")
-    if found:
-        return found
-    per_round = train.micro_batch * data_parallel
-    for batch in [train.global_batch, *(phase.global_batch for phase in train.batch_phases)]:
-        if batch < 1 or batch % per_round:
-            found.append(
-                f"train.global_batch={batch} is not a multiple of train.micro_batch * data parallel "
-                f"= {train.micro_batch} * {data_parallel}"
-            )
-        elif layout.vpp and (batch // per_round) % layout.pp:
-            found.append(
-                f"train.global_batch={batch} gives {batch // per_round} micro-batches, but the "
-                f"interleaved schedule needs a multiple of parallel.pp={layout.pp}"
-            )
-    if train.eval_every and train.eval_rows % per_round:
-        found.append(
-            f"train.eval_rows={train.eval_rows} is not a multiple of train.micro_batch * data "
-            f"parallel = {per_round}"
-        )
-    row = train.micro_batch * train.seq_length
-    if row % layout.tp:
-        found.append(
-            f"train.micro_batch * train.seq_length = {row} is not divisible by "
-            f"parallel.tp={layout.tp}"
-        )
-    return found
-
-
-def _optim_problems(optim: OptimConfig) -> list[str]:
-    found = []
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        found.append(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
-    for name in ("lr", "eps"):
-        if getattr(optim, name) <= 0:
-            found.append(f"optim.{name}={getattr(optim, name)} must be positive")
-    for shape in [optim.shape, *(phase.shape for phase in optim.phases)]:
-        if shape not in SHAPES:
-            found.append(f"optim shape {shape!r} is not one of {', '.join(SHAPES)}")
-    return found
-
-
-def _choice_problems(config: RunConfig) -> list[str]:
-    train, data = config.train, config.data
-    found = [
-        f"{key}={value} is not one of {', '.join(choices)}"
-        for key, value, choices in (
-            ("train.precision", train.precision, PRECISIONS),
-            ("train.recompute", train.recompute, RECOMPUTE),
-            ("logger.wandb", config.logger.wandb, WANDB_MODES),
-            ("data.corpus", data.corpus, CORPORA),
-        )
-        if value not in choices
-    ]
-    unknown = set(train.recompute_modules) - set(RECOMPUTE_MODULES)
-    if unknown:
-        found.append(
-            f"train.recompute_modules={sorted(unknown)} may hold only "
-            f"{', '.join(RECOMPUTE_MODULES)}"
-        )
-    if data.corpus == "indexed" and not data.train:
-        found.append("data.train is empty: give the prefix of at least one .bin/.idx pair")
-    if data.weights and len(data.weights) != len(data.train):
-        found.append(
-            f"data.weights has {len(data.weights)} numbers for {len(data.train)} datasets in "
-            "data.train"
-        )
-    return found

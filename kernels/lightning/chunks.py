@@ -21,9 +21,9 @@ class Chunks:
 
     tokens: int
     size: int
-    heads_N: Tensor
+    first_N: Tensor
     """`[N]` int64 the first chunk of each document of a row."""
-    tails_N: Tensor
+    last_N: Tensor
     """`[N]` int64 the last chunk of each document of a row."""
     lengths_M: Tensor
     """`[M]` int64 tokens in each chunk."""
@@ -37,25 +37,25 @@ class Chunks:
         """Chunks of `size` tokens for a row with the document borders `bounds`."""
         tokens = bounds[-1]
         lengths: list[int] = []
-        heads: list[int] = []
-        tails: list[int] = []
+        first: list[int] = []
+        last: list[int] = []
         shifts: list[int] = []
         for begin, end in pairwise(bounds):
-            heads.append(len(lengths))
+            first.append(len(lengths))
             shifts.append(len(lengths) * size - begin)
             full, rest = divmod(end - begin, size)
             lengths += [size] * full + ([rest] if rest or not full else [])
-            tails.append(len(lengths) - 1)
+            last.append(len(lengths) - 1)
         slots_T = sources = None
-        if len(heads) > 1:
+        if len(first) > 1:
             place = torch.arange(tokens)
             slots_T = place + torch.tensor(shifts).repeat_interleave(torch.tensor(bounds).diff())
             sources = torch.full((len(lengths) * size,), tokens).scatter_(0, slots_T, place)
             slots_T, sources = slots_T.to(device), sources.to(device)
-        heads_N, tails_N, lengths_M = (
-            torch.tensor(x, device=device) for x in (heads, tails, lengths)
+        first_N, last_N, lengths_M = (
+            torch.tensor(x, device=device) for x in (first, last, lengths)
         )
-        return cls(tokens, size, heads_N, tails_N, lengths_M, slots_T, sources)
+        return cls(tokens, size, first_N, last_N, lengths_M, slots_T, sources)
 
     @property
     def count(self) -> int:

@@ -9,7 +9,7 @@ tokens, i, j = 0..L-1:
     S' = exp(-s L) S + sum_j exp(-s (L - 1 - j)) k_j v_j^T
 
 Shapes: B rows, T tokens in a row, M chunks in a row, C tokens in a chunk, H heads, D key width,
-Dv value width, N documents; G = B*M*H matrices of one batched product.
+Dv value width, N documents in a row.
 """
 
 from typing import Any, NamedTuple
@@ -94,10 +94,10 @@ class _Lightning(torch.autograd.Function):
         q, k, v = (chunks.split(x, dtype) for x in (q_BTHD, k_BTHD, v_BTHDv))
         decays = _decays(decay_H, chunks, dtype)
         added = _product((k * decays.keys_MHC1).mT, v)
-        entering = _carry(added, decays.carry_MH11, initial_state_NHDDv, chunks.heads_N, step=1)
+        entering = _carry(added, decays.carry_MH11, initial_state_NHDDv, chunks.first_N, step=1)
         final_state = None
         if return_final_state:
-            final_state = _leave(entering, added, decays.carry_MH11, chunks.tails_N)
+            final_state = _leave(entering, added, decays.carry_MH11, chunks.last_N)
         o = _product(q, entering).mul_(decays.queries_HC1)
         _add_product(o, _product(q, k.mT).mul_(decays.scores_HCC), v)
         ctx.save_for_backward(q_BTHD, k_BTHD, v_BTHDv, decay_H, entering)
@@ -121,10 +121,10 @@ class _Lightning(torch.autograd.Function):
         do_decayed = do * decays.queries_HC1
         d_entering = _product(q.mT, do_decayed)
         carry = decays.carry_MH11
-        d_leaving = _carry(d_entering, carry, d_final_state_NHDDv, chunks.tails_N, step=-1)
+        d_leaving = _carry(d_entering, carry, d_final_state_NHDDv, chunks.last_N, step=-1)
         d_initial_state = None
         if ctx.has_initial_state:
-            d_initial_state = _leave(d_leaving, d_entering, carry, chunks.heads_N)
+            d_initial_state = _leave(d_leaving, d_entering, carry, chunks.first_N)
         dq = _product(do_decayed, entering.mT)
         dk = _product(v, d_leaving.mT).mul_(decays.keys_MHC1)
         dv = _product(k, d_leaving).mul_(decays.keys_MHC1)
@@ -149,33 +149,33 @@ def _carry(
     added_BMHDDv: Tensor,
     carry_MH11: Tensor,
     outer_NHDDv: Tensor | None,
-    heads_N: Tensor,
+    starts_N: Tensor,
     step: int,
 ) -> Tensor:
     """Carry the state from chunk to chunk: `[B, M, H, D, Dv]` that enters each chunk.
 
-    `heads_N` are the chunks where a document is entered, with `outer_NHDDv` or zero. The backward
+    `starts_N` are the chunks where a document is entered, with `outer_NHDDv` or zero. The backward
     enters documents at their end and walks with `step` -1.
     """
     entering_BMHDDv = torch.zeros_like(added_BMHDDv)
     if outer_NHDDv is not None:
-        outer_BNHDDv = outer_NHDDv.unflatten(0, (-1, len(heads_N)))
-        entering_BMHDDv.index_copy_(1, heads_N, outer_BNHDDv)
+        outer_BNHDDv = outer_NHDDv.unflatten(0, (-1, len(starts_N)))
+        entering_BMHDDv.index_copy_(1, starts_N, outer_BNHDDv)
     added, carry, entering = added_BMHDDv.unbind(1), carry_MH11.unbind(0), entering_BMHDDv.unbind(1)
-    heads = set(heads_N.tolist())
+    starts = set(starts_N.tolist())
     for m in range(len(added))[::step]:
-        if m not in heads:
-            last = m - step
-            torch.addcmul(added[last], carry[last], entering[last], out=entering[m])
+        if m not in starts:
+            before = m - step
+            torch.addcmul(added[before], carry[before], entering[before], out=entering[m])
     return entering_BMHDDv
 
 
 def _leave(
-    entering_BMHDDv: Tensor, added_BMHDDv: Tensor, carry_MH11: Tensor, tails_N: Tensor
+    entering_BMHDDv: Tensor, added_BMHDDv: Tensor, carry_MH11: Tensor, ends_N: Tensor
 ) -> Tensor:
-    """The states `[B*N, H, D, Dv]` that leave the documents, whose last chunks are `tails_N`."""
-    entering, added = (x.index_select(1, tails_N) for x in (entering_BMHDDv, added_BMHDDv))
-    return added.addcmul_(carry_MH11[tails_N], entering).flatten(0, 1)
+    """The states `[B*N, H, D, Dv]` that leave the documents at the chunks `ends_N`."""
+    entering, added = (x.index_select(1, ends_N) for x in (entering_BMHDDv, added_BMHDDv))
+    return added.addcmul_(carry_MH11[ends_N], entering).flatten(0, 1)
 
 
 def _product(a_BMHXY: Tensor, b_BMHYZ: Tensor, out: Tensor | None = None) -> Tensor:

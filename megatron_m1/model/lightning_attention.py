@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -28,6 +27,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from kernels.gated_norm import gated_rms_norm, sum_of_squares
 from kernels.lightning import lightning_attention
+from megatron_m1.model.row_params import RowParams
 
 
 def decay_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
@@ -164,13 +164,13 @@ class LightningAttention(MegatronModule):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: RowParams,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """[T, 1, C] -> ([T, 1, C], no bias); T over tp on each rank with sequence parallelism."""
         qkv, _ = self.linear_qkv(hidden_states)
         gate, _ = self.linear_gate(hidden_states)
-        cu_seqlens = packed_seq_params.cu_seqlens_q
+        cu_seqlens = packed_seq_params.cu_seqlens_host
         if self.recompute_core and self.training:
             mixed = tensor_parallel.checkpoint(self._core, False, qkv, cu_seqlens)
         else:

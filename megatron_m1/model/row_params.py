@@ -13,13 +13,15 @@ from parallel.packing import PackedRow
 
 @dataclass
 class RowParams(PackedSeqParams):
-    """Megatron's packed parameters with the position of each token in its document.
+    """Megatron's packed parameters, with what our attention reads.
 
-    T: tokens of the row; cu_seqlens_q and cu_seqlens_kv are the same [N+1] int32 boundaries.
+    T tokens of the row, N documents; cu_seqlens_q and cu_seqlens_kv are the same [N+1] boundaries.
     """
 
     positions: Tensor | None = None
     """[T] int64, from 0 in each document."""
+    cu_seqlens_host: Tensor | None = None
+    """[N+1] int32 boundaries in host memory: kernels that plan by them do not wait for a device."""
 
     def __post_init__(self) -> None:
         self._rope: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
@@ -33,6 +35,7 @@ class RowParams(PackedSeqParams):
             max_seqlen_q=row.max_seqlen,
             max_seqlen_kv=row.max_seqlen,
             positions=row.positions,
+            cu_seqlens_host=row.cu_seqlens_host,
         )
 
     def rope(self, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class VarlenCoreAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """query [T, H, D], key and value [T, K, D] -> [T, H*D]."""
-        mixed, _ = varlen_attention(query, key, value, packed_seq_params.cu_seqlens_q)
+        mixed, _ = varlen_attention(query, key, value, packed_seq_params.cu_seqlens_host)
         return mixed.flatten(1)
 
 

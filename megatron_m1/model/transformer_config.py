@@ -66,8 +66,9 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Lightning and softmax layers cannot be stacked under one key of a checkpoint.
         hetereogenous_dist_checkpoint=True,
-        # Weights are made on the device that torch.device() sets and filled by model.init.
-        use_cpu_initialization=True,
+        # Megatron's own layers make their weights where torch.device() says, Transformer Engine's on
+        # the GPU; model.init fills them.
+        use_cpu_initialization=not HAVE_TE,
         perform_initialization=False,
         # Named "full" by default, which Megatron itself warns about; graphs are off either way.
         cuda_graph_scope=[],

@@ -122,6 +122,7 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
     "pp2": (2, Layout(pp=2)),
     "pp2_interleaved": (2, Layout(pp=2, vpp=2)),
     "pp2_uneven": (2, Layout(pp=2, pipeline_layout="Et|tttL")),
+    "pp4": (4, Layout(pp=4)),
     "ep2": (2, Layout(ep=2)),
     "dp2": (2, Layout()),
     "etp2_ep2": (4, Layout(tp=2, etp=2, ep=2)),
