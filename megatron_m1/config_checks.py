@@ -1,11 +1,12 @@
 """What keeps a configuration from running: every problem, as a sentence that names key and value.
 
 ``Layout.problems`` and ``ModelConfig.problems`` judge their own numbers; here is what lies between
-the sections. No problem hides another, but sums that rest on a wrong number are left out.
+the sections. No problem hides another, except that what rests on a wrong degree is left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,15 +47,19 @@ _NOT_NEGATIVE = (
 def run_problems(config: RunConfig, world_size: int) -> list[str]:
     """Every reason why this run cannot start on ``world_size`` processes, one sentence each."""
     layout = config.parallel
-    sizes = config.model.problems() + layout.problems(world_size)
-    found = [*sizes, *_bounds(config), *_choices(config), *_optim_problems(config.optim)]
-    found += _length_problems(config.train)
+    unfit = layout.problems(world_size)
+    found = [*config.model.problems(), *unfit, *model_layout_problems(config.model, layout)]
     if config.world_size not in (None, world_size):
         found.append(f"world_size={config.world_size}, but {world_size} processes were started")
-    # Batches can be judged only over degrees that divide.
-    if not sizes:
-        found += model_layout_problems(config.model, layout)
+    found += _length_problems(config.train)
+    if not unfit:
         found += _batch_problems(config.train, layout, layout.data_parallel(world_size))
+    found += [*_optim_problems(config.optim), *_bounds(config), *_choices(config)]
+    if config.train.precision == "bf16" and not config.optim.distributed:
+        found.append(
+            "optim.distributed=false needs train.precision=fp32: Megatron-core cannot save the "
+            "state of its other optimizer over weights of two precisions"
+        )
     return found
 
 
@@ -102,15 +107,15 @@ def model_layout_problems(model: ModelConfig, layout: Layout) -> list[str]:
         ("ffn_hidden_size", "etp"),
     ):
         amount, parts = getattr(model, size), getattr(layout, degree)
-        if amount % parts:
+        if parts >= 1 and amount % parts:
             found.append(f"model.{size}={amount} is not divisible by parallel.{degree}={parts}")
     pieces = layout.pp * (layout.vpp or 1)
     if layout.pipeline_layout is not None:
         found += _pipeline_layout_problems(layout, model.num_layers, pieces)
-    elif model.num_layers % pieces:
+    elif pieces >= 1 and model.num_layers % pieces:
         found.append(
-            f"model.num_layers={model.num_layers} cannot be cut evenly over pp*vpp={pieces} stages: "
-            "give parallel.pipeline_layout, for example 'Ettt|tttttL'"
+            f"model.num_layers={model.num_layers} cannot be cut evenly over pp*vpp={pieces} "
+            "stages: give parallel.pipeline_layout, for example 'Ettt|tttttL'"
         )
     return found
 
@@ -120,10 +125,12 @@ def _pipeline_layout_problems(layout: Layout, num_layers: int, pieces: int) -> l
     letters = "".join(parts)
     named = f"parallel.pipeline_layout={layout.pipeline_layout}"
     if letters != f"E{'t' * (len(letters) - 2)}L":
-        return [f"{named} must be E (embedding), t (a layer) as often as needed, L (head), cut by |"]
+        return [f"{named} must be E (embedding), a t for each layer and L (head), cut by |"]
     found = []
     if len(parts) != pieces:
         found.append(f"{named} has {len(parts)} stages, but pp*vpp={pieces}")
+    elif not all("t" in "".join(parts[rank :: layout.pp]) for rank in range(layout.pp)):
+        found.append(f"{named} leaves a pipeline rank without a layer (t)")
     if letters.count("t") != num_layers:
         found.append(
             f"{named} has {letters.count('t')} layers (t), but model.num_layers={num_layers}"
@@ -172,26 +179,19 @@ def _length_problems(train: TrainConfig) -> list[str]:
 
 
 def _batch_problems(train: TrainConfig, layout: Layout, data_parallel: int) -> list[str]:
-    per_round = train.micro_batch * data_parallel
     row = train.micro_batch * train.seq_length
-    if per_round < 1 or row < 1:
+    if row < 1:
         return []
-    batches = [("train.global_batch", train.global_batch)]
-    batches += [
-        (f"train.batch_phases[{index}].global_batch", phase.global_batch)
-        for index, phase in enumerate(train.batch_phases)
-    ]
-    if train.eval_every > 0:
-        batches.append(("train.eval_rows", train.eval_rows))
-    # The interleaved schedule takes micro-batches in groups of pp.
-    factors = f"train.micro_batch * data parallel = {train.micro_batch} * {data_parallel}"
+    factors = {"train.micro_batch": train.micro_batch, "data parallel": data_parallel}
     if layout.vpp:
-        per_round *= layout.pp
-        factors = factors.replace(" =", " * parallel.pp =") + f" * {layout.pp}"
+        # The interleaved schedule takes micro-batches in groups of pp.
+        factors["parallel.pp"] = layout.pp
+    multiple = math.prod(factors.values())
+    product = " * ".join(f"{name} {factor}" for name, factor in factors.items())
     found = [
-        f"{key}={rows} must be a multiple of {factors}"
-        for key, rows in batches
-        if rows < 1 or rows % per_round
+        f"{key}={rows} must be a multiple of {multiple} ({product})"
+        for key, rows in _batches(train)
+        if rows < 1 or rows % multiple
     ]
     if layout.uses_sequence_parallel and row % layout.tp:
         found.append(
@@ -199,6 +199,15 @@ def _batch_problems(train: TrainConfig, layout: Layout, data_parallel: int) -> l
             f"parallel.tp={layout.tp}, as sequence parallelism needs"
         )
     return found
+
+
+def _batches(train: TrainConfig) -> Iterator[tuple[str, int]]:
+    """Every number of rows that is dealt to the data-parallel processes."""
+    yield "train.global_batch", train.global_batch
+    for index, phase in enumerate(train.batch_phases):
+        yield f"train.batch_phases[{index}].global_batch", phase.global_batch
+    if train.eval_every > 0:
+        yield "train.eval_rows", train.eval_rows
 
 
 def _optim_problems(optim: OptimConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import yaml
 
@@ -21,7 +20,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     return "\n".join(
         [
             "# configuration",
-            yaml.safe_dump(asdict(config), sort_keys=False).rstrip(),
+            as_yaml(config).rstrip(),
             "# layout",
             config.parallel.describe(world_size),
             "# model",
@@ -33,14 +32,12 @@ def describe(config: RunConfig, world_size: int) -> str:
             f"{steps:,} steps, {phases.total_tokens(train):,} tokens, "
             f"{train.global_batch * train.seq_length:,} tokens in the first step",
             "# memory (estimate)",
-            f"{fullest.parameters:,} parameters on the fullest process",
+            f"{round(fullest.parameters):,} parameters on the fullest process",
             fullest.describe(),
         ]
     )
 
 
-def write_config(config: RunConfig) -> None:
-    """Keep the resolved configuration beside the run's metrics."""
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+def as_yaml(config: RunConfig) -> str:
+    """The resolved configuration, in the words of ``conf/`` and the command line."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)

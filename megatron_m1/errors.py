@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-EXIT_DONE = 0
 EXIT_USAGE = 64
 EXIT_INPUT = 74
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The text is one clear sentence a problem: what, which value,
-    what would be right. Programs print it without a traceback and exit with ``exit_code``."""
+    """Something the user gave is wrong. The text is one clear sentence a problem: what, which
+    value, what would be right. Programs print it without a traceback and exit with ``exit_code``.
+    """
 
     exit_code = EXIT_USAGE
 

@@ -5,41 +5,44 @@ python -m megatron_m1.generate checkpoint.load=runs/tiny prompt="def "
 
 from __future__ import annotations
 
-from parallel import host
-
-host.enable()
-
-from megatron_m1 import runtime  # noqa: E402
-from megatron_m1.config import GenerateConfig  # noqa: E402
-from megatron_m1.config_loading import main  # noqa: E402
-from megatron_m1.data.tokenizer import Tokenizer  # noqa: E402
-from megatron_m1.errors import InputError  # noqa: E402
-from megatron_m1.inference.load import trained_model  # noqa: E402
-from megatron_m1.inference.sampling import Sampling, continue_text  # noqa: E402
+from megatron_m1 import launcher
+from megatron_m1.config import GenerateConfig
+from megatron_m1.config_checks import generate_problems
+from megatron_m1.config_loading import main
+from megatron_m1.errors import ConfigError
 
 
 def run(config: GenerateConfig) -> None:
-    with trained_model(config.checkpoint, config.parallel, config.precision) as loaded:
-        try:
-            tokenizer = Tokenizer.load(config.tokenizer or loaded.path, config.eod)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{error}: give tokenizer=FILE") from error
+    problems = generate_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    # Torch and Megatron take seconds to import; what is answered above needs neither.
+    from parallel import host
+
+    host.enable()
+    from megatron_m1.inference.load import load_tokenizer, trained_model
+    from megatron_m1.inference.sampling import Sampling, continue_text
+
+    with trained_model(config.checkpoint.load, config.parallel, config.precision) as loaded:
+        tokenizer = load_tokenizer(config.tokenizer, config.eod, loaded)
+        sampling = Sampling(config.temperature, config.top_p, config.seed)
         pieces = continue_text(
             loaded.chunks,
             config.parallel,
             tokenizer,
             config.prompt,
             config.max_new_tokens,
-            Sampling(config.temperature, config.top_p, config.seed),
+            sampling,
         )
-        show = runtime.is_first_process()
-        if show:
-            print(config.prompt, end="", flush=True)
+        _show(config.prompt)
         for piece in pieces:
-            if show:
-                print(piece, end="", flush=True)
-        if show:
-            print()
+            _show(piece)
+        _show("\n")
+
+
+def _show(text: str) -> None:
+    if launcher.is_first_process():
+        print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

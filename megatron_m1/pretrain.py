@@ -6,55 +6,80 @@ torchrun --nproc-per-node 8 -m megatron_m1.pretrain model=m1_1b parallel.ep=8 da
 
 from __future__ import annotations
 
-from parallel import host
+from typing import TYPE_CHECKING
 
-host.enable()
+from megatron_m1 import launcher
+from megatron_m1.config import RunConfig
+from megatron_m1.config_checks import data_problems, run_problems
+from megatron_m1.config_loading import main
+from megatron_m1.dry_run import as_yaml, describe
+from megatron_m1.errors import ConfigError, InputError
 
-from megatron_m1 import runtime  # noqa: E402
-from megatron_m1.checkpoint import store  # noqa: E402
-from megatron_m1.config import RunConfig, run_problems  # noqa: E402
-from megatron_m1.config_loading import main  # noqa: E402
-from megatron_m1.dry_run import describe, write_config  # noqa: E402
-from megatron_m1.errors import ConfigError  # noqa: E402
-from megatron_m1.training.callbacks import default_callbacks  # noqa: E402
-from megatron_m1.training.loop import train  # noqa: E402
-from megatron_m1.training.run import Run, build_run  # noqa: E402
+if TYPE_CHECKING:
+    from megatron_m1.training.run import Run
 
 
 def run(config: RunConfig) -> None:
-    world = runtime.world_size()
+    """Check the configuration, then describe the run or train it."""
+    world = launcher.world_size()
     if config.dry_run and world == 1:
-        world = config.parallel.smallest_world
+        world = config.world_size or config.parallel.smallest_world
     problems = run_problems(config, world)
+    if not config.dry_run:
+        problems += data_problems(config.data)
     if problems:
         raise ConfigError(problems)
     if config.dry_run:
-        print(describe(config, world))
+        if launcher.is_first_process():
+            print(describe(config, world))
         return
-    with runtime.processes(config.parallel):
+    # Torch and Megatron take seconds to import; what is answered above needs neither.
+    from parallel import host
+
+    host.enable()
+    from megatron_m1.runtime import processes
+
+    with processes(config.parallel):
         pretrain(config)
 
 
 def pretrain(config: RunConfig) -> Run:
     """Train over the groups that are already built; returns the finished run."""
+    from megatron_m1.checkpoint import store
+    from megatron_m1.training.callbacks import default_callbacks
+    from megatron_m1.training.loop import train
+    from megatron_m1.training.run import build_run
+
     run = build_run(config)
-    checkpoint = store.find(config.checkpoint.load) or store.find_latest(run.checkpoint_dir)
+    checkpoint = store.choose(config.checkpoint.load, run.checkpoint_dir)
     if checkpoint:
         store.load(run, checkpoint)
-    if runtime.is_first_process():
-        write_config(config)
+    if launcher.is_first_process():
+        _open_folders(run)
+        if checkpoint:
+            print(f"{checkpoint}: going on from step {run.progress.step}", flush=True)
+        if run.finished:
+            print("nothing is left to train: give more train.steps, or another run_dir")
+    if run.finished:
+        return run
     run.open_sinks()
-    if run.finished and runtime.is_first_process():
-        print(
-            f"{checkpoint} is at step {run.progress.step}: nothing is left to train; give more "
-            "train.steps, or another run_dir"
-        )
     run.callbacks = default_callbacks(run)
     try:
         train(run)
     finally:
         run.sinks.close()
     return run
+
+
+def _open_folders(run: Run) -> None:
+    """Make the run's folders before the first step, so that a path that cannot be written does not
+    end the run at its first checkpoint."""
+    try:
+        run.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        run.dir.mkdir(parents=True, exist_ok=True)
+        (run.dir / "config.yaml").write_text(as_yaml(run.config))
+    except OSError as error:
+        raise InputError(f"run_dir={run.dir} or checkpoint.dir: {error}") from error
 
 
 if __name__ == "__main__":

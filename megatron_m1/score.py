@@ -5,22 +5,33 @@ python -m megatron_m1.score checkpoint.load=runs/tiny tokens=ids.npy out=scores.
 
 from __future__ import annotations
 
-from parallel import host
+from pathlib import Path
 
-host.enable()
-
-from megatron_m1 import runtime  # noqa: E402
-from megatron_m1.config import ScoreConfig  # noqa: E402
-from megatron_m1.config_loading import main  # noqa: E402
-from megatron_m1.inference.load import trained_model  # noqa: E402
-from megatron_m1.inference.scoring import read_tokens, score, write_scores  # noqa: E402
+from megatron_m1 import launcher
+from megatron_m1.config import ScoreConfig
+from megatron_m1.config_checks import score_problems
+from megatron_m1.config_loading import main
+from megatron_m1.errors import ConfigError, InputError
 
 
 def run(config: ScoreConfig) -> None:
+    problems = score_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    folder = Path(config.out).parent
+    if not folder.is_dir():
+        raise InputError(f"out={config.out} cannot be written: there is no folder {folder}")
+    # Torch and Megatron take seconds to import; what is answered above needs neither.
+    from parallel import host
+
+    host.enable()
+    from megatron_m1.inference.load import trained_model
+    from megatron_m1.inference.scoring import read_tokens, score, write_scores
+
     rows = read_tokens(config.tokens)
-    with trained_model(config.checkpoint, config.parallel, config.precision) as loaded:
+    with trained_model(config.checkpoint.load, config.parallel, config.precision) as loaded:
         scores = score(loaded, config.parallel, rows, config.micro_batch)
-        if runtime.is_first_process():
+        if launcher.is_first_process():
             write_scores(scores, config.out)
             print(f"{len(scores)} rows of log-probabilities in {config.out}")
 

@@ -17,25 +17,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_m1.checkpoint.optimizer_state import (
+    LAYOUT,
+    load_optimizer,
+    metadata,
+    sharded_optimizer,
+)
+from megatron_m1.checkpoint.writing import WriteHere
+from megatron_m1.config_reading import read_section
 from megatron_m1.errors import InputError
 from megatron_m1.model.build import unwrap
-from megatron_m1.model.config import InitConfig, ModelConfig
+from megatron_m1.model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from megatron_m1.config import RunConfig
     from megatron_m1.training.run import Run
 
 CONFIG = "config.json"
 LATEST = "latest"
-
-# Each moment in the shape of its parameter. Megatron 0.16.1's default for the distributed optimizer
-# cannot be written ("flattened_range is not supported").
-_OPTIMIZER_LAYOUT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+# Keys of the model that the weights do not depend on: they may change between runs.
+_FREE = ("name", "init", "aux_loss_coef", "capacity_factor", "drop_policy")
 
 
 def save(run: Run) -> Path:
@@ -52,21 +58,31 @@ def save(run: Run) -> Path:
         partial.mkdir(parents=True)
     dist.barrier()
     state = {
-        **_sharded_model(run.chunks),
-        "optimizer": _sharded_optimizer(run, is_loading=False),
+        **_sharded_training(run, is_loading=False),
         "progress": asdict(run.progress),
         "reader": run.reader.state_dict(),
     }
-    dist_checkpointing.save(state, str(partial), content_metadata=_OPTIMIZER_LAYOUT)
+    dist_checkpointing.save(state, str(partial), WriteHere(), content_metadata=LAYOUT)
     if _is_first():
         (partial / CONFIG).write_text(json.dumps(asdict(run.config), indent=1))
         if run.tokenizer:
             run.tokenizer.save(partial / "tokenizer.json")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _point_latest(final)
+        _publish(partial, final)
     dist.barrier()
     return final
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name, in place of one that has it, and point ``latest`` at it."""
+    replaced = final.with_suffix(".old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    pointer = final.parent / f".{LATEST}.tmp"
+    pointer.write_text(final.name)
+    os.replace(pointer, final.parent / LATEST)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load(run: Run, path: Path) -> None:
@@ -75,16 +91,10 @@ def load(run: Run, path: Path) -> None:
     Raises:
         InputError: the checkpoint is of another model or of other data.
     """
-    check_model(path, run.config.model)
-    state = _read(
-        {
-            **_sharded_model(run.chunks),
-            "optimizer": _sharded_optimizer(run, is_loading=True),
-        },
-        path,
-    )
+    _check(path, run.config)
+    state = _read(_sharded_training(run, is_loading=True), path)
     _load_model(run.chunks, state)
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(run.optimizer, state["optimizer"])
     run.progress.step = state["progress"]["step"]
     run.progress.tokens = state["progress"]["tokens"]
     try:
@@ -119,54 +129,73 @@ def find(where: str | None) -> Path | None:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The checkpoint that ``latest`` in a folder names, or None."""
+    """The checkpoint that ``latest`` in a folder names, or None.
+
+    Raises:
+        InputError: it names one that is not there.
+    """
     pointer = folder / LATEST
-    return folder / pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{pointer} names {path.name}, but that is not a whole checkpoint")
+    return path
+
+
+def choose(load: str | None, own: Path) -> Path | None:
+    """Where a run starts: the latest of its ``own`` folder, else ``load``. A step folder in ``own``
+    that ``load`` names outright goes before the latest."""
+    given, latest = find(load), find_latest(own)
+    if given and given.resolve().parent == own.resolve():
+        return given
+    return latest or given
 
 
 def saved_model(path: Path) -> ModelConfig:
     """The sizes of the model in a checkpoint."""
+    problems: list[str] = []
+    model = read_section(ModelConfig, _saved_config(path).get("model"), "model", problems)
+    if problems:
+        raise InputError(f"{path / CONFIG} does not describe a model: {', '.join(problems)}")
+    return model
+
+
+def _saved_config(path: Path) -> dict[str, Any]:
     try:
-        saved = json.loads((path / CONFIG).read_text())["model"]
-        return ModelConfig(**{**saved, "init": InitConfig(**saved["init"])})
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        return json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path / CONFIG} cannot be read as a configuration: {error}") from error
 
 
-def check_model(path: Path, model: ModelConfig) -> None:
-    """Refuse a checkpoint whose weights do not fit the configured model."""
-    saved, here = asdict(saved_model(path)), asdict(model)
-    # What the weights do not depend on may change between runs.
-    free = ("name", "init", "aux_loss_coef", "capacity_factor", "drop_policy")
+def _check(path: Path, config: RunConfig) -> None:
+    """Refuse a checkpoint whose weights or optimizer do not fit this run."""
+    saved, here = asdict(saved_model(path)), asdict(config.model)
     differing = [
         f"model.{key}={here[key]} (the checkpoint has {saved[key]})"
         for key in here
-        if key not in free and saved[key] != here[key]
+        if key not in _FREE and saved[key] != here[key]
     ]
     if differing:
         raise InputError(f"checkpoint {path} is of another model: {', '.join(differing)}")
+    distributed = _saved_config(path)["optim"]["distributed"]
+    if distributed != config.optim.distributed:
+        raise InputError(
+            f"checkpoint {path} has the state of the optimizer with optim.distributed="
+            f"{str(distributed).lower()}: resume with the same"
+        )
 
 
 def _sharded_model(chunks: list[nn.Module]) -> dict[str, Any]:
     return {
-        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=_metadata())
+        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata())
         for index, chunk in enumerate(chunks)
     }
 
 
-def _sharded_optimizer(run: Run, is_loading: bool) -> dict[str, Any]:
+def _sharded_training(run: Run, is_loading: bool) -> dict[str, Any]:
     model = _sharded_model(run.chunks)
-    # Megatron looks its parameters up in one model's dictionary, or in model0, model1, ...
-    return run.optimizer.sharded_state_dict(
-        model["model0"] if len(model) == 1 else model, is_loading=is_loading, metadata=_metadata()
-    )
-
-
-def _metadata() -> dict[str, Any]:
-    return {
-        **_OPTIMIZER_LAYOUT,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    return {**model, "optimizer": sharded_optimizer(run.optimizer, model, is_loading)}
 
 
 def _load_model(chunks: list[nn.Module], state: dict[str, Any]) -> None:
@@ -177,14 +206,16 @@ def _load_model(chunks: list[nn.Module], state: dict[str, Any]) -> None:
 def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(sharded, str(path))
-    except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError) as error:
-        raise InputError(f"checkpoint {path} cannot be read: {error}") from error
-
-
-def _point_latest(checkpoint: Path) -> None:
-    partial = checkpoint.parent / f".{LATEST}.tmp"
-    partial.write_text(checkpoint.name)
-    os.replace(partial, checkpoint.parent / LATEST)
+    except CheckpointException as error:
+        # What the first of the ranks that failed met.
+        reason: BaseException = next(iter(error.failures.values()))[0]
+    except (CheckpointingException, OSError, RuntimeError) as error:
+        reason = error
+    first_line = next(iter(str(reason).splitlines()), "")
+    raise InputError(
+        f"checkpoint {path} cannot be read, a file is missing or damaged: "
+        f"{type(reason).__name__} {first_line}"
+    )
 
 
 def _is_first() -> bool:

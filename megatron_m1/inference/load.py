@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.core import tensor_parallel
 from torch import nn
 
-from megatron_m1 import runtime
+from megatron_m1 import launcher
 from megatron_m1.checkpoint import store
-from megatron_m1.config import CheckpointConfig, model_layout_problems
-from megatron_m1.errors import ConfigError
+from megatron_m1.config_checks import model_layout_problems
+from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.errors import ConfigError, InputError
 from megatron_m1.model.build import build_chunks
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.transformer_config import transformer_config
+from megatron_m1.runtime import processes
 from parallel.layout import Layout
 
 
@@ -30,27 +32,50 @@ class Loaded:
 
 
 @contextmanager
-def trained_model(
-    checkpoint: CheckpointConfig, layout: Layout, precision: str
-) -> Iterator[Loaded]:
-    """Load the checkpoint's model into ``layout`` while the processes are joined.
+def trained_model(load: str | None, layout: Layout, precision: str) -> Iterator[Loaded]:
+    """Load a checkpoint's model into ``layout`` while the processes are joined.
+
+    Args:
+        load: the checkpoint, as ``checkpoint.load`` names it.
 
     Raises:
-        ConfigError: no checkpoint is named, or its model does not fit the layout.
+        ConfigError: the model does not fit the layout.
         InputError: the checkpoint cannot be read.
     """
-    path = store.find(checkpoint.load)
-    if path is None:
-        raise ConfigError(["checkpoint.load is missing: give checkpoint.load=FOLDER"])
+    path = store.find(load)
+    assert path is not None, "programs check that checkpoint.load is given"
     model = store.saved_model(path)
-    problems = layout.problems(runtime.world_size()) or model_layout_problems(model, layout)
-    if layout.vpp:
-        problems.append(f"parallel.vpp={layout.vpp}: virtual stages serve training only, use null")
+    problems = layout.problems(launcher.world_size()) + model_layout_problems(model, layout)
     if problems:
         raise ConfigError(problems)
-    with runtime.processes(layout):
-        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        config = transformer_config(model, layout, precision=precision)
-        chunks = build_chunks(model, config, seed=None)
-        store.load_weights(chunks, path)
-        yield Loaded(model, chunks, path)
+    with processes(layout):
+        yield load_model(path, layout, precision)
+
+
+def load_model(path: Path, layout: Layout, precision: str) -> Loaded:
+    """Load a checkpoint's model over the groups that are already built."""
+    # Capacity is a means of training; a token must not miss an expert because of its neighbours.
+    model = replace(store.saved_model(path), capacity_factor=None)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = transformer_config(model, layout, precision=precision)
+    chunks = build_chunks(model, config, seed=None)
+    store.load_weights(chunks, path)
+    return Loaded(model, chunks, path)
+
+
+def load_tokenizer(path: str | None, eod: str, loaded: Loaded) -> Tokenizer:
+    """The tokenizer at ``path``, or the one that the checkpoint holds.
+
+    Raises:
+        InputError: it is missing, or has tokens that the model does not know.
+    """
+    try:
+        tokenizer = Tokenizer.load(path or loaded.path, eod)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer={path or 'null'}: {error}") from error
+    if tokenizer.vocab_size > loaded.model.vocab_size:
+        raise InputError(
+            f"tokenizer={path or 'null'} has {tokenizer.vocab_size} tokens, but the checkpoint's "
+            f"model knows {loaded.model.vocab_size}: give the tokenizer that it was trained with"
+        )
+    return tokenizer

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from megatron_m1.data.tokenizer import Tokenizer
-from megatron_m1.inference.logits import over_logits, padded_length
+from megatron_m1.inference.forward import forward_rows, padded_length
 from megatron_m1.model.build import unwrap
 from parallel.layout import Layout
 from parallel.packing import PackedRow
@@ -36,7 +37,7 @@ class Sampling:
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token from logits [V]."""
-    logits = logits.float().cpu()
+    logits = logits.cpu()
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
@@ -79,14 +80,16 @@ def continue_text(
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
     for token in continue_tokens(chunks, layout, ids, max_new_tokens, sampling, tokenizer.eod):
         yield stream.step(token)
+    yield stream.finish()
 
 
 def _next_logits(chunks: list[nn.Module], layout: Layout, tokens: list[int]) -> Tensor:
-    row = PackedRow.from_documents(
-        [torch.tensor(tokens)], pad_to=padded_length(len(tokens), layout)
-    )
-    last = len(tokens) - 1
-    (logits,) = over_logits(
-        chunks, [row], lambda logits, row: logits[last].clone(), (unwrap(chunks[0]).vocab_size,)
-    )
-    return logits
+    """[V], what the model makes of the place after ``tokens``."""
+    length = padded_length(len(tokens), layout)
+    row = PackedRow.from_documents([torch.tensor(tokens)], pad_to=length)
+
+    def last_position(logits: Tensor, row: PackedRow) -> Tensor:
+        return gather_from_tensor_model_parallel_region(logits[:, len(tokens) - 1])[0]
+
+    vocabulary = unwrap(chunks[0]).vocab_size
+    return forward_rows(chunks, [row], last_position, vocabulary, with_loss=False)[0]

@@ -1,6 +1,6 @@
 """The log-probability of each next token of given rows.
 
-B rows, T tokens of the longest row, V vocabulary.
+B rows, T tokens of the longest row.
 """
 
 from __future__ import annotations
@@ -8,94 +8,108 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_m1.errors import ConfigError, InputError
+from megatron_m1.errors import InputError
+from megatron_m1.inference.forward import forward_rows, padded_length
 from megatron_m1.inference.load import Loaded
-from megatron_m1.inference.logits import over_logits, padded_length
 from parallel.layout import Layout
 from parallel.packing import PackedRow
 
+Ids = NDArray[np.int64]
 
-def read_tokens(path: str) -> list[NDArray[np.int64]]:
-    """Rows of token ids from a ``.npy`` of [B, T] or a ``.jsonl`` with a list (or an object with
-    ``tokens``) a line.
+
+def read_tokens(path: str) -> list[Ids]:
+    """Rows of token ids from a ``.npy`` of [B, T], or a ``.jsonl`` with a list of ids (or an object
+    with ``tokens``) a line.
 
     Raises:
         InputError: the file is missing or holds something else.
     """
-    if not path:
-        raise ConfigError(["tokens is missing: give tokens=FILE.npy or tokens=FILE.jsonl"])
     try:
-        if path.endswith(".npy"):
-            rows = list(np.load(path))
-        elif path.endswith(".jsonl"):
-            lines = Path(path).read_text().splitlines()
-            rows = [_ids(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-        else:
-            raise InputError(f"tokens={path} ends in neither .npy nor .jsonl")
+        rows = _rows_of_array(path) if path.endswith(".npy") else _rows_of_lines(path)
     except (OSError, ValueError) as error:
         raise InputError(f"tokens={path} cannot be read: {error}") from error
-    for number, row in enumerate(rows):
-        if np.ndim(row) != 1 or not np.issubdtype(np.asarray(row).dtype, np.integer):
-            raise InputError(f"tokens={path}: row {number} is not a list of whole numbers")
-    if not rows or max(len(row) for row in rows) < 2:
+    if max((len(row) for row in rows), default=0) < 2:
         raise InputError(f"tokens={path} has no row of two tokens or more: nothing to score")
-    return [np.asarray(row, dtype=np.int64) for row in rows]
+    return rows
 
 
-def _ids(line: str, where: str) -> Any:
-    try:
+def _rows_of_array(path: str) -> list[Ids]:
+    array = np.load(path)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"it holds {array.dtype} {array.shape}, not ids of [rows, tokens]")
+    return list(array.astype(np.int64))
+
+
+def _rows_of_lines(path: str) -> list[Ids]:
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
-    return np.asarray(value["tokens"] if isinstance(value, dict) else value)
+        ids = value.get("tokens") if isinstance(value, dict) else value
+        if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+            raise ValueError(f'line {number} is neither a list of ids nor {{"tokens": [...]}}')
+        rows.append(np.array(ids, dtype=np.int64))
+    return rows
 
 
-def score(
-    loaded: Loaded, layout: Layout, rows: list[NDArray[np.int64]], micro_batch: int
-) -> NDArray[np.float32]:
-    """[B, T-1] float32 log-probabilities of each row's next tokens; NaN past a row's end.
+def score(loaded: Loaded, layout: Layout, rows: list[Ids], micro_batch: int) -> NDArray[np.float32]:
+    """[B, T-1] float32 log-probabilities of each row's next tokens; NaN past a row's end. The
+    data-parallel processes share the rows. Collective.
 
     Raises:
         InputError: a token id outside the vocabulary.
     """
-    vocabulary, longest = loaded.model.vocab_size, max(len(row) for row in rows)
+    vocabulary = loaded.model.vocab_size
     for number, row in enumerate(rows):
         if len(row) and not 0 <= row.min() <= row.max() < vocabulary:
-            raise InputError(f"row {number} holds ids outside the vocabulary 0..{vocabulary - 1}")
+            raise InputError(f"row {number} has ids outside the vocabulary 0..{vocabulary - 1}")
+    longest = max(len(row) for row in rows)
+    groups = [rows[at : at + micro_batch] for at in range(0, len(rows), micro_batch)]
+    flat = _score_groups(loaded, groups, padded_length(micro_batch * longest, layout))
     scores = np.full((len(rows), longest - 1), np.nan, dtype=np.float32)
-    length = padded_length(micro_batch * longest, layout)
-    groups = [rows[start : start + micro_batch] for start in range(0, len(rows), micro_batch)]
-    for index, group in enumerate(groups):
-        packed = PackedRow.from_documents([torch.from_numpy(row) for row in group], pad_to=length)
-        (flat,) = over_logits(loaded.chunks, [packed], _next_token, (length,))
-        start = 0
-        for offset, row in enumerate(group):
-            part = flat[start : start + len(row) - 1].cpu().numpy()
-            scores[index * micro_batch + offset, : len(row) - 1] = part
-            start += len(row)
+    for index, row in enumerate(rows):
+        group, place = divmod(index, micro_batch)
+        start = sum(len(other) for other in groups[group][:place])
+        part = slice(start, start + max(len(row) - 1, 0))
+        scores[index, : part.stop - start] = flat[group, part]
     return scores
 
 
-def _next_token(logits: Tensor, row: PackedRow) -> Tensor:
-    """[T, V] -> [T], the log-probability of each position's label."""
-    return logits.log_softmax(-1).gather(-1, row.labels[:, None])[:, 0]
+def _score_groups(loaded: Loaded, groups: list[list[Ids]], length: int) -> NDArray[np.float32]:
+    """[groups, length], each group's rows side by side."""
+    data = parallel_state.get_data_parallel_group()
+    rank, size = data.rank(), data.size()
+    # Processes exchange tokens for their experts, so each must take as many micro-batches: the last
+    # group fills up.
+    shared = groups + [groups[-1]] * (-len(groups) % size)
+    packed = [
+        PackedRow.from_documents([torch.from_numpy(row) for row in group], pad_to=length)
+        for group in shared[rank::size]
+    ]
+    own = forward_rows(loaded.chunks, packed, _log_probabilities, length, with_loss=True)
+    parts = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(parts, own, group=data)
+    return torch.stack(parts, dim=1).flatten(0, 1)[: len(groups)].cpu().numpy()
+
+
+def _log_probabilities(losses: Tensor, row: PackedRow) -> Tensor:
+    return -losses[0]
 
 
 def write_scores(scores: NDArray[np.float32], path: str) -> None:
     """Write under the final name only when whole."""
-    if not path.endswith(".npy"):
-        raise ConfigError([f"out={path or 'missing'}: give out=FILE.npy"])
     partial = Path(f"{path}.tmp")
     try:
         with partial.open("wb") as file:
             np.save(file, scores)
         os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise InputError(f"out={path} cannot be written: {error}") from error

@@ -11,7 +11,6 @@ n tokens of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,10 +66,12 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
         x_NC, probs_N, *rest = ctx.saved_tensors
         products, weights = rest[: len(ctx.counts)], rest[len(ctx.counts) :]
-        dx_NC, dprobs_N = torch.empty_like(x_NC), torch.empty_like(probs_N)
+        dx_NC, p_dp_N = torch.empty_like(x_NC), torch.empty_like(probs_N)
+        # From here on the gradient of m W2^T, which has p in it.
+        dy_NC = (dy_NC * probs_N[:, None]).to(dy_NC.dtype)
         dweights = []
-        for x, dx, dy, probs, dprobs, h_n2F, w1, w2 in zip(
-            *(t.split(ctx.counts) for t in (x_NC, dx_NC, dy_NC, probs_N[:, None], dprobs_N)),
+        for x, dx, dy, p_dp, h_n2F, w1, w2 in zip(
+            *(tensor.split(ctx.counts) for tensor in (x_NC, dx_NC, dy_NC, p_dp_N)),
             products,
             weights[0::2],
             weights[1::2],
@@ -80,12 +81,13 @@ class _Experts(torch.autograd.Function):
             silu = F.silu(gate)
             mixed = silu * up
             dmixed = dy @ w2
-            torch.sum(dmixed * mixed, dim=-1, dtype=dprobs.dtype, out=dprobs)
-            dmixed.mul_(probs)
+            torch.sum(dmixed * mixed, dim=-1, dtype=p_dp.dtype, out=p_dp)
             dh_n2F = torch.empty_like(h_n2F)
             dgate, dup = dh_n2F.chunk(2, dim=-1)
             torch.mul(dmixed, silu, out=dup)
             torch.ops.aten.silu_backward.grad_input(dmixed.mul_(up), gate, grad_input=dgate)
             torch.mm(dh_n2F, w1, out=dx)
-            dweights += [dh_n2F.T @ x, (dy * probs).to(dy.dtype).T @ mixed]
+            dweights += [dh_n2F.T @ x, dy.T @ mixed]
+        # Where a probability underflowed to zero, so does what the softmax makes of its gradient.
+        dprobs_N = p_dp_N / probs_N.clamp(min=torch.finfo(probs_N.dtype).tiny)
         return dx_NC, dprobs_N, None, *dweights

@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_m1.model.experts import Experts
 from megatron_m1.model.float32 import KeepFloat32
 
 try:
@@ -62,9 +63,7 @@ class Float32Router(KeepFloat32, TopKRouter):
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return router_gating_linear(input, weight, None, torch.float32)
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         if self.training and torch.is_grad_enabled():
             # With recomputation the first forward runs without gradients: count once.
@@ -116,6 +115,7 @@ class MoE(MoELayer):
         experts, expert_linears = spec_provider().grouped_mlp_modules(
             config.moe_grouped_gemm, moe_use_legacy_grouped_gemm=False
         )
+        experts = experts if HAVE_TE else Experts
         scatters = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         if scatters:
             config = copy.copy(config)

@@ -26,7 +26,6 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "mfu_median": ("MFU, median", "{:.1%}".format),
     "peak_mem_gib": ("peak memory, GiB", "{:.1f}".format),
     "max_load_violation": ("highest load violation", "{:.2f}".format),
-    "skipped_steps": ("skipped steps", "{:,.0f}".format),
 }
 PAGE = """<!doctype html>
 <html lang="en">

@@ -83,7 +83,6 @@ class RunLog:
             "mfu_median": _reduce(np.median, self.curve("perf/mfu")),
             "peak_mem_gib": _reduce(np.max, self.curve("perf/peak_mem_gib")),
             "max_load_violation": _reduce(np.max, self.curve("moe/max_violation")),
-            "skipped_steps": _whole(_reduce(np.sum, self.curve("optim/skipped"))),
         }
 
 

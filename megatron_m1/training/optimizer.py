@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+import torch
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamPredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from torch import nn
 
 from megatron_m1.config import OptimConfig
 from megatron_m1.model.transformer_config import PRECISION
+
+_IS_FLOAT32 = ParamPredicate("float32", lambda parameter: parameter.dtype == torch.float32)
 
 
 def build_optimizer(
@@ -28,7 +38,16 @@ def build_optimizer(
         use_distributed_optimizer=optim.distributed,
         overlap_param_gather=optim.overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, chunks)
+    overrides = get_standard_config_overrides(settings)
+    if settings.bf16:
+        # A group of its own for FP32 weights (router, head): in a group of two dtypes Megatron's
+        # distributed optimizer takes one weight's moments for another's when it saves.
+        overrides[ParamKey(predicate=_IS_FLOAT32)] = {"lr_mult": 1.0}
+    optimizer = get_megatron_optimizer(settings, chunks, overrides)
+    for group in optimizer.param_groups:
+        # Megatron leaves this to its own scheduler of rates, which the phases stand for here.
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:

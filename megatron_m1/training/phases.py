@@ -6,6 +6,7 @@ an exponential decay, and a batch that doubles at given token counts.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from megatron_m1.config import LrPhase, OptimConfig, TrainConfig
@@ -21,23 +22,32 @@ def global_batch(train: TrainConfig, tokens: int) -> int:
 
 def total_tokens(train: TrainConfig) -> int:
     """Tokens of the whole run."""
-    if train.tokens is not None:
-        return train.tokens
-    tokens = 0
-    for _ in range(train.steps or 0):
-        tokens += global_batch(train, tokens) * train.seq_length
-    return tokens
+    return _length(train)[1] if train.tokens is None else train.tokens
 
 
 def total_steps(train: TrainConfig) -> int:
     """Optimizer steps of the whole run."""
-    if train.steps is not None:
-        return train.steps
+    return _length(train)[0]
+
+
+def _length(train: TrainConfig) -> tuple[int, int]:
+    """Steps of the whole run and the tokens they read, counted by stretches of one batch size."""
+    starts = sorted({0, *(phase.from_tokens for phase in train.batch_phases)})
     steps, tokens = 0, 0
-    while tokens < (train.tokens or 0):
-        tokens += global_batch(train, tokens) * train.seq_length
-        steps += 1
-    return steps
+    for start, end in itertools.zip_longest(starts, starts[1:]):
+        per_step = global_batch(train, start) * train.seq_length
+        if train.steps is not None:
+            left = train.steps - steps
+        else:
+            left = _ceil_div((train.tokens or 0) - tokens, per_step)
+        here = left if end is None else min(left, _ceil_div(end - tokens, per_step))
+        steps += max(here, 0)
+        tokens += max(here, 0) * per_step
+    return steps, tokens
+
+
+def _ceil_div(amount: int, size: int) -> int:
+    return -(-amount // size)
 
 
 def learning_rate(optim: OptimConfig, step: int, tokens: int, total: int) -> float:

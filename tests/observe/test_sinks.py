@@ -16,7 +16,6 @@ from megatron_m1.observe.sinks.wandb import Wandb, choose_mode
 
 METRICS = {
     "train/loss": 3.25,
-    "optim/skipped": 0,
     "moe/load": [[0.25, 0.75], [0.5, 0.5]],
 }
 

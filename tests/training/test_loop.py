@@ -14,7 +14,8 @@ import torch
 from megatron_m1.config import RunConfig
 from megatron_m1.model.build import unwrap
 from megatron_m1.pretrain import pretrain
-from megatron_m1.training.loop import NotFinite
+from megatron_m1.training.callbacks import default_callbacks
+from megatron_m1.training.loop import NotFinite, train
 from megatron_m1.training.run import Run
 from parallel.layout import Layout
 from tests.training.small_run import MODEL, small_config, start, write_data
@@ -81,20 +82,15 @@ def test_plain_concatenation_trains_too(
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
-    single_process: Layout, tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+    single_process: Layout, tmp_path: Path, prefix: str
 ) -> None:
-    from megatron_m1 import pretrain as program
-
-    def poisoned(config: RunConfig) -> Run:
-        run = start(config)
-        with torch.no_grad():
-            unwrap(run.chunks[0]).decoder.final_layernorm.weight[0] = math.nan
-        return run
-
-    monkeypatch.setattr(program, "build_run", poisoned)
+    run = start(config_in(tmp_path, prefix))
+    run.callbacks = default_callbacks(run)
+    with torch.no_grad():
+        unwrap(run.chunks[0]).decoder.final_layernorm.weight[0] = math.nan
     with pytest.raises(NotFinite, match="step 1: loss nan"):
-        pretrain(config_in(tmp_path, prefix))
-    assert not (tmp_path / "checkpoints").exists()
+        train(run)
+    assert not run.checkpoint_dir.exists()
 
 
 def test_a_run_by_tokens_ends_at_them(single_process: Layout, tmp_path: Path, prefix: str) -> None:

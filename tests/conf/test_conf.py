@@ -1,0 +1,67 @@
+"""Every file under conf/ is one that a run can be made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_m1 import pretrain
+from megatron_m1.config import GenerateConfig, RunConfig, ScoreConfig
+from megatron_m1.config_checks import generate_problems, run_problems, score_problems
+from megatron_m1.config_loading import CONF, load
+
+GROUP_FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+EXPERIMENTS = [path.stem for path in GROUP_FILES if path.parent.name == "experiment"]
+MODELS = [path.stem for path in GROUP_FILES if path.parent.name == "model"]
+
+
+def described(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """What ``dry_run=true`` prints."""
+    pretrain.run(load("pretrain", RunConfig, ["dry_run=true", *overrides]))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=str)
+def test_every_option_of_every_group_makes_a_run(path: Path) -> None:
+    # Eight-fold tensor parallelism needs more heads than the default model has.
+    model = ["model=m1_456b"] if path.stem == "h800_m1" else []
+    config = load("pretrain", RunConfig, [f"{path.parent}={path.stem}", *model])
+    assert run_problems(config, config.parallel.smallest_world) == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_dry_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = described(capsys, f"experiment={name}")
+    assert f"run_dir: runs/{name}" in text
+    assert "GiB on the fullest process" in text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_dry_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = described(capsys, f"model={name}")
+    assert f"name: {name}" in text
+    assert "processes = pp 1 x dp 1 x cp 1 x tp 1" in text
+
+
+def test_the_largest_model_has_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
+    text = described(capsys, "model=m1_456b", "parallel=h800_m1")
+    assert "456,089,655,296 parameters; 45,944,920,064 active a token without" in text
+    assert "70 lightning and 10 softmax layers" in text
+    assert "64 processes = pp 8 x dp 1 x cp 1 x tp 8" in text
+    assert "64 processes = pp 8 x edp 1 x ep 8 x etp 1" in text
+
+
+def test_a_dry_run_describes_as_many_processes_as_it_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = described(capsys, "experiment=text01_456b", "world_size=512")
+    assert "512 processes = pp 8 x dp 8 x cp 1 x tp 8" in text
+    assert "133,784 steps, 11,400,000,000,000 tokens" in text
+
+
+def test_generate_and_score_compose() -> None:
+    generate = load("generate", GenerateConfig, ["checkpoint.load=runs/a"])
+    assert generate_problems(generate) == []
+    score = load("score", ScoreConfig, ["checkpoint.load=a", "tokens=a.jsonl", "out=b.npy"])
+    assert score_problems(score) == []
