@@ -6,10 +6,10 @@ import kernels
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-if _ROOT / "kernels" / "__init__.py" != Path(kernels.__file__ or "").resolve():
+if Path(kernels.__file__ or "").resolve() != _ROOT / "kernels" / "__init__.py":
     # Hugging Face publishes a package of the same name.
     raise ImportError(
-        f"'kernels' was imported from {kernels.__file__}, but this project's lies in {_ROOT}: start "
-        "python from the project's root (python -m megatron_m1.pretrain), put the root first in "
-        "PYTHONPATH, or uninstall the other package (pip uninstall kernels)"
+        f"'kernels' was imported from {kernels.__file__}, but this project's lies in {_ROOT}: "
+        "start python from the project's root (python -m megatron_m1.pretrain), put the root first "
+        "in PYTHONPATH, or uninstall the other package (pip uninstall kernels)"
     )

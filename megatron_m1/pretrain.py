@@ -46,7 +46,7 @@ def run(config: RunConfig) -> None:
 def pretrain(config: RunConfig) -> Run:
     """Train over the groups that are already built; returns the finished run."""
     from megatron_m1.checkpoint import store
-    from megatron_m1.training.callbacks import default_callbacks
+    from megatron_m1.training.callbacks.defaults import default_callbacks
     from megatron_m1.training.loop import train
     from megatron_m1.training.run import build_run
 
@@ -63,9 +63,8 @@ def pretrain(config: RunConfig) -> Run:
     if run.finished:
         return run
     run.open_sinks()
-    run.callbacks = default_callbacks(run)
     try:
-        train(run)
+        train(run, default_callbacks(run))
     finally:
         run.sinks.close()
     return run

@@ -109,7 +109,9 @@ class _CudaMeansCpu(TorchFunctionMode):
     it) and lets ``Tensor.type()`` answer the CUDA names that distrib_optimizer.py:361, :420, :582
     and optimizer.py:671, :690 compare with."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
@@ -241,7 +243,8 @@ def _as_split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = F
 
 
 def _gather_uneven(local: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
-    """All-gather of [sizes[rank], ...] along dim 0 (expert tensor parallelism): pad, gather, cut."""
+    """All-gather of [sizes[rank], ...] along dim 0, for expert tensor parallelism: pad, gather,
+    cut."""
     padded = local.new_zeros(max(sizes), *local.shape[1:])
     padded[: local.shape[0]] = local
     gathered = [torch.empty_like(padded) for _ in sizes]

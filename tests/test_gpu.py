@@ -42,5 +42,7 @@ def test_a_run_learns(single_process: Layout, tmp_path: Path, precision: str) ->
     config = small_config(str(tmp_path), write_data(tmp_path))
     run = pretrain(replace(config, train=replace(config.train, precision=precision, steps=20)))
     lines = (run.dir / "metrics.jsonl").read_text().splitlines()
-    losses = [record["train/loss"] for line in lines if "train/loss" in (record := json.loads(line))]
+    losses = [
+        record["train/loss"] for line in lines if "train/loss" in (record := json.loads(line))
+    ]
     assert losses[-1] < losses[0] - 0.5

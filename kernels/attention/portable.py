@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.attention import blockwise, cpu_flash
+import kernels.attention.blockwise as blockwise
+import kernels.attention.cpu_flash as cpu_flash
 
 
 def varlen_attention_portable(

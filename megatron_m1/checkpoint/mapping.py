@@ -57,8 +57,8 @@ class GateUp:
 
 @dataclass(frozen=True)
 class QueryGroups:
-    """q [I, C], k and v [G, C] as Megatron keeps them: for each key/value head its queries, its key,
-    its value; packed [heads, rows of a group, C]."""
+    """q [I, C], k and v [G, C] as Megatron keeps them: for each key/value head its queries, its
+    key, its value; packed [heads, rows of a group, C]."""
 
     axis: int = 0
 
@@ -186,8 +186,7 @@ def mapped_parameters(model: ModelConfig) -> dict[str, MappedParameter]:
 
 def _fill(rule: Rule, layer: int | None, expert: int | None, model: ModelConfig) -> MappedParameter:
     theirs = tuple(
-        (name.format(layer=layer, expert=expert), _shape(dims, model))
-        for name, dims in rule.theirs
+        (name.format(layer=layer, expert=expert), _shape(dims, model)) for name, dims in rule.theirs
     )
     return MappedParameter(
         rule.ours.format(layer=layer, expert=expert), theirs, rule.operation, expert is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,16 +13,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_m1.config import OptimConfig, TrainConfig
+from megatron_m1.config import OptimConfig
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.init import initialize
 from megatron_m1.model.lm_head import Float32LMHead
 from megatron_m1.model.parameters import mark_parallel
 from megatron_m1.model.row_params import RowParams
 from megatron_m1.model.spec import block_spec
-from megatron_m1.model.transformer_config import transformer_config
 from parallel import host
-from parallel.layout import Layout
 from parallel.packing import PackedRow
 
 

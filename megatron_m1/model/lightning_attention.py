@@ -64,7 +64,11 @@ class AllHeadsNorm(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, width: int, eps: float, tp_group: torch.distributed.ProcessGroup
+        self,
+        config: TransformerConfig,
+        width: int,
+        eps: float,
+        tp_group: torch.distributed.ProcessGroup,
     ) -> None:
         super().__init__()
         self.width = width

@@ -1,4 +1,4 @@
-"""The parameters of a model chunk by their names in the whole model, and this rank's part of each."""
+"""The parameters of a model chunk by their names in the whole model, and a rank's part of each."""
 
 from __future__ import annotations
 

@@ -39,11 +39,11 @@ class RowParams(PackedSeqParams):
         )
 
     def rope(self, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, rotary_dim / 2] float32, computed once for all layers of a micro-batch."""
+        """cos and sin [T, rotary_dim / 2] float32, once for all layers of a micro-batch."""
         key = (rotary_dim, theta)
         if key not in self._rope:
             assert self.positions is not None
-            exponent = torch.arange(0, rotary_dim, 2, device=self.positions.device) / rotary_dim
-            angles = self.positions[:, None].float() * theta**-exponent.float()
+            exponents = torch.arange(0, rotary_dim, 2, device=self.positions.device) / rotary_dim
+            angles = self.positions[:, None].float() * theta**-exponents
             self._rope[key] = (angles.cos(), angles.sin())
         return self._rope[key]

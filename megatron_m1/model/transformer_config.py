@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -49,14 +51,6 @@ def transformer_config(
         moe_token_drop_policy=model.drop_policy,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=HAVE_TE,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        pipeline_model_parallel_layout=layout.pipeline_layout,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        sequence_parallel=layout.uses_sequence_parallel,
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -66,8 +60,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Lightning and softmax layers cannot be stacked under one key of a checkpoint.
         hetereogenous_dist_checkpoint=True,
-        # Megatron's own layers make their weights where torch.device() says, Transformer Engine's on
-        # the GPU; model.init fills them.
+        # Megatron's own layers make their weights where torch.device() says, Transformer Engine's
+        # on the GPU; model.init fills them.
         use_cpu_initialization=not HAVE_TE,
         perform_initialization=False,
         # Named "full" by default, which Megatron itself warns about; graphs are off either way.
@@ -76,11 +70,25 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_degrees(layout),
         **_recomputation(train),
     )
 
 
-def _recomputation(train: TrainConfig | None) -> dict:
+def _degrees(layout: Layout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "pipeline_model_parallel_layout": layout.pipeline_layout,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.uses_sequence_parallel,
+    }
+
+
+def _recomputation(train: TrainConfig | None) -> dict[str, Any]:
     if train is None or train.recompute == "none":
         return {}
     if train.recompute == "selective":

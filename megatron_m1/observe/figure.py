@@ -142,6 +142,7 @@ def _draw_loads(figure: SubFigure, runs: Sequence[RunLog]) -> None:
 
 
 def _draw_load(axis: Axes, run: RunLog) -> AxesImage:
+    assert run.load is not None
     experts = run.load.shape[1]
     image = axis.imshow(run.load * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     axis.grid(False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
+from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.metrics import step_metrics
 from megatron_m1.training.run import Run
 from megatron_m1.training.step import train_step
@@ -14,7 +16,7 @@ class NotFinite(RuntimeError):
     """The loss or the gradient is NaN or infinite: the weights are not worth going on with."""
 
 
-def train(run: Run) -> None:
+def train(run: Run, callbacks: Sequence[Callback]) -> None:
     """Train until the run's steps or tokens are reached.
 
     Raises:
@@ -29,9 +31,9 @@ def train(run: Run) -> None:
                 f"step {run.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}"
             )
         metrics = step_metrics(run, result, seconds)
-        for callback in run.callbacks:
+        for callback in callbacks:
             callback.on_step(run, metrics)
         run.sinks.log(run.progress.step, metrics)
 
-    for callback in run.callbacks:
+    for callback in callbacks:
         callback.on_end(run)

@@ -134,7 +134,7 @@ def _activations(config: RunConfig, world_size: int, stage: _Stage) -> float:
 
 
 def _in_flight(config: RunConfig, world_size: int, stage: _Stage) -> float:
-    """Micro-batches whose activations this stage keeps at once; a virtual stage is a part of one."""
+    """Micro-batches whose activations this stage keeps at once; virtual stages are parts of one."""
     layout, train = config.parallel, config.train
     all_of_them = train.global_batch // (train.micro_batch * layout.data_parallel(world_size))
     after = layout.pp - stage.index - 1

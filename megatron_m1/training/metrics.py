@@ -111,4 +111,3 @@ def _take_counts(run: Run) -> tuple[Tensor, float]:
             counts[layer.layer_number - 1, -1] = offered
     dist.all_reduce(counts)
     return counts[:, :-1], float(counts[:, -1].sum())
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -22,9 +22,6 @@ from megatron_m1.model.transformer_config import transformer_config
 from megatron_m1.observe.sinks import FanOut, open_sinks
 from megatron_m1.training import phases
 from megatron_m1.training.optimizer import build_optimizer
-
-if TYPE_CHECKING:
-    from megatron_m1.training.callbacks import Callback
 
 
 @dataclass
@@ -52,7 +49,6 @@ class Run:
     total_tokens: int
     progress: Progress = field(default_factory=Progress)
     sinks: FanOut = field(default_factory=lambda: FanOut([]))
-    callbacks: list[Callback] = field(default_factory=list)
 
     @property
     def dir(self) -> Path:

@@ -21,9 +21,7 @@ def gradients(parts: int) -> dict[str, torch.Tensor]:
     whole = [torch.randn(TOKENS, 1, WIDTH, dtype=torch.float64) for _ in range(3)]
     rank = dist.get_rank()
     hidden, gate, upstream = (tensor.chunk(parts, dim=-1)[rank].clone() for tensor in whole)
-    norm = AllHeadsNorm(
-        SimpleNamespace(params_dtype=torch.float64), WIDTH, 1e-6, dist.group.WORLD
-    )
+    norm = AllHeadsNorm(SimpleNamespace(params_dtype=torch.float64), WIDTH, 1e-6, dist.group.WORLD)
     hidden.requires_grad_()
     gate.requires_grad_()
     output = norm(hidden, gate)

@@ -14,7 +14,7 @@ import torch
 from megatron_m1.config import RunConfig
 from megatron_m1.model.build import unwrap
 from megatron_m1.pretrain import pretrain
-from megatron_m1.training.callbacks import default_callbacks
+from megatron_m1.training.callbacks.defaults import default_callbacks
 from megatron_m1.training.loop import NotFinite, train
 from megatron_m1.training.run import Run
 from parallel.layout import Layout
@@ -85,16 +85,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     single_process: Layout, tmp_path: Path, prefix: str
 ) -> None:
     run = start(config_in(tmp_path, prefix))
-    run.callbacks = default_callbacks(run)
     with torch.no_grad():
         unwrap(run.chunks[0]).decoder.final_layernorm.weight[0] = math.nan
     with pytest.raises(NotFinite, match="step 1: loss nan"):
-        train(run)
+        train(run, default_callbacks(run))
     assert not run.checkpoint_dir.exists()
 
 
 def test_a_run_by_tokens_ends_at_them(single_process: Layout, tmp_path: Path, prefix: str) -> None:
     run = pretrain(config_in(tmp_path, prefix, steps=None, tokens=3 * 4 * 64))
     assert run.progress.step == 3
-
-

@@ -1,4 +1,4 @@
-"""Rates and batches against the schedule that MiniMax-Text-01 published, and the ends of each shape."""
+"""Rates and batches against MiniMax-Text-01's published schedule, and the ends of each shape."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_m1.checkpoint import store
 from megatron_m1.observe.sinks import Metrics
-from megatron_m1.training.callbacks import Callback
+from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.run import Run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_m1.observe.sinks import Metrics
-from megatron_m1.training.callbacks import Callback
+from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.run import Run
 from megatron_m1.training.step import evaluate, read_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from megatron_m1.observe.report import write_report
-from megatron_m1.training.callbacks import Callback
+from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.run import Run
 
 

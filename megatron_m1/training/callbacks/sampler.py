@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_m1.inference.sampling import Sampling, continue_text
-from megatron_m1.training.callbacks import Callback
+from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.run import Run
 
 

@@ -1,0 +1,24 @@
+"""The callbacks of a run, from its configuration."""
+
+from __future__ import annotations
+
+from megatron_m1.training.callbacks.callback import Callback
+from megatron_m1.training.callbacks.checkpointer import Checkpointer
+from megatron_m1.training.callbacks.evaluator import Evaluator
+from megatron_m1.training.callbacks.reporter import Reporter
+from megatron_m1.training.callbacks.sampler import Sampler
+from megatron_m1.training.run import Run
+
+
+def default_callbacks(run: Run) -> list[Callback]:
+    """The callbacks that a run's configuration asks for, in the order they are called."""
+    config = run.config
+    found: list[Callback] = []
+    if config.train.eval_every and run.corpus.valid:
+        found.append(Evaluator(config.train.eval_every, config.train.eval_rows))
+    found.append(Checkpointer(config.checkpoint.every, config.checkpoint.save_at_end))
+    if config.train.sample_prompt and run.tokenizer:
+        found.append(Sampler(config.train.sample_prompt, config.train.sample_tokens))
+    if config.train.report:
+        found.append(Reporter())
+    return found
