@@ -110,7 +110,10 @@ def theirs(model: ModelConfig, dtype: str) -> tuple[torch.nn.Module, Callable[[T
     from megatron_m1.model.init import initial_tensor
     from tools.hf_minimax import hf_config, in_checkpoint_names
 
-    hf = MiniMaxForCausalLM(hf_config(model, attn_implementation="sdpa"))
+    # Measured: the grouped product wins in FP32, the loop over experts under autocast.
+    experts = "grouped_mm" if dtype == "fp32" else "eager"
+    config = hf_config(model, attn_implementation="sdpa", experts_implementation=experts)
+    hf = MiniMaxForCausalLM(config)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
             for part, view in in_checkpoint_names(name, parameter):

@@ -12,6 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +65,8 @@ def save(run: Run) -> Path:
         "progress": asdict(run.progress),
         "reader": run.reader.state_dict(),
     }
-    dist_checkpointing.save(state, str(partial), WriteHere(), content_metadata=LAYOUT)
+    with _without_warnings():
+        dist_checkpointing.save(state, str(partial), WriteHere(), content_metadata=LAYOUT)
     if _is_first():
         (partial / CONFIG).write_text(json.dumps(asdict(run.config), indent=1))
         if run.tokenizer:
@@ -205,7 +209,8 @@ def _load_model(chunks: list[nn.Module], state: dict[str, Any]) -> None:
 
 def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded, str(path))
+        with _without_warnings():
+            return dist_checkpointing.load(sharded, str(path))
     except CheckpointException as error:
         # What the first of the ranks that failed met.
         reason: BaseException = next(iter(error.failures.values()))[0]
@@ -216,6 +221,14 @@ def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
         f"checkpoint {path} cannot be read, a file is missing or damaged: "
         f"{type(reason).__name__} {first_line}"
     )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Megatron 0.16.1 calls torch's distributed checkpoints by names that torch will retire."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _is_first() -> bool:

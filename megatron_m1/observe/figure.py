@@ -55,7 +55,8 @@ def draw(runs: Sequence[RunLog], title: str, path: Path) -> None:
         figure.suptitle(title, x=0.012, ha="left", size=17, weight="bold")
         loaded = [run for run in runs if run.load is not None]
         if loaded:
-            curves, loads = figure.subfigures(1, 2, width_ratios=(2.4, 1))
+            halves: Any = figure.subfigures(1, 2, width_ratios=(2.4, 1))
+            curves, loads = halves
             _draw_loads(loads, loaded)
         else:
             curves = figure.subfigures(1, 1)
@@ -69,7 +70,9 @@ def smoothing_window(curve: Curve) -> int:
 
 
 def _draw_curves(figure: SubFigure, runs: Sequence[RunLog]) -> None:
-    axes = figure.subplot_mosaic([["loss"] * 3, ["norm", "lr", "speed"]], height_ratios=(1.6, 1))
+    axes: dict[str, Axes] = figure.subplot_mosaic(
+        [["loss"] * 3, ["norm", "lr", "speed"]], height_ratios=(1.6, 1)
+    )
     for axis in axes.values():
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.margins(x=0.02)

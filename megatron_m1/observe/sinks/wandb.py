@@ -7,7 +7,7 @@ import netrc
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from megatron_m1.observe.sinks.sink import Metrics, scalars
@@ -40,7 +40,7 @@ class Wandb:
             id=_run_id(run_dir),
             resume="allow",
             dir=str(run_dir),
-            mode=mode,
+            mode=cast(Any, mode),
             config=run_config,
             allow_val_change=True,
             settings=wandb.Settings(silent=True, console="off"),
