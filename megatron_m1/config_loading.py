@@ -83,7 +83,9 @@ def report(error: UserError) -> int:
 
 def _run_by_hydra(name: str, schema: type[Config], run: Callable[[Config], None]) -> None:
     """What has flags (--cfg, --help, --multirun, --config-dir) is for Hydra's own entry point."""
-    _check_arguments([word for word in sys.argv[1:] if "=" in word], schema)
+    # A flag's value stands alone: --cfg job.
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    _check_arguments([word for word in words if "=" in word or word[:1] in ("+", "~")], schema)
     _store_defaults(name, schema)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
@@ -106,7 +108,7 @@ def _check_arguments(arguments: Sequence[str], schema: type) -> None:
             problems.append(f"{argument} is not of the form KEY=VALUE")
             continue
         sign, key, value = found["sign"], found["key"], found["value"] or "VALUE"
-        if key.split(".")[0] == "hydra":
+        if re.split(r"[./]", key)[0] == "hydra":
             continue
         if re.sub(r"\.\d+\.", ".0.", key) not in keys and key not in groups:
             problems.append(f"unknown key {sign}{key}: {did_you_mean(key, [*keys, *groups])}")
@@ -138,7 +140,11 @@ def _store_defaults(name: str, schema: type[Any]) -> None:
 
 def _to_dataclass(config: DictConfig, schema: type[Config]) -> Config:
     problems: list[str] = []
-    result = read_section(schema, OmegaConf.to_container(config, resolve=True), "", problems)
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_one_sentence(error)]) from error
+    result = read_section(schema, values, "", problems)
     if problems:
         raise ConfigError(problems)
     return result

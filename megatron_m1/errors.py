@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EXIT_USAGE = 64
+EXIT_NOT_FINITE = 70
 EXIT_INPUT = 74
 
 
@@ -26,3 +27,9 @@ class InputError(UserError):
     """A file or checkpoint that is missing, damaged, or belongs to something else."""
 
     exit_code = EXIT_INPUT
+
+
+class NotFinite(UserError):
+    """A loss or gradient is NaN or infinite: the weights are not worth going on with."""
+
+    exit_code = EXIT_NOT_FINITE

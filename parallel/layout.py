@@ -68,6 +68,7 @@ class Layout:
         ]
         if found:
             return found
+        started = "1 process" if world_size == 1 else f"{world_size} processes"
         if self.cp > 1:
             found.append(f"parallel.cp={self.cp}: context parallelism is not built yet, use 1")
         if self.vpp is not None and (self.vpp < 2 or self.pp < 2):
@@ -83,7 +84,7 @@ class Layout:
         ):
             if world_size % product:
                 found.append(
-                    f"{world_size} processes cannot be divided by parallel.{label} = {product}: "
+                    f"{started} cannot be divided by parallel.{label} = {product}: "
                     f"start a multiple of {self.smallest_world}"
                 )
         return found

@@ -109,6 +109,18 @@ def _serve(pipe: Any, rank: int, size: int, port: int, log: str) -> None:
         except BaseException:
             outcome = ("error", f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(outcome)
+        _leave_groups()
+
+
+def _leave_groups() -> None:
+    """Close the groups that a function built: each keeps threads, Megatron only forgets them."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _free_port() -> int:

@@ -258,10 +258,11 @@ def test_flags_of_hydra(arguments: Sequence[str], shown: str, tmp_path: Path) ->
     assert shown in ended.stdout
 
 
-def test_flags_do_not_open_a_way_around_the_checks() -> None:
-    ended = program("--cfg", "job", "+train.zzz=1")
-    assert (ended.returncode, ended.stdout) == (64, "")
-    ended = program("-m", "dry_run=true", "optim.eps=-1")
+def test_flags_do_not_open_a_way_around_the_checks(tmp_path: Path) -> None:
+    for argument in ("+train.zzz=1", "~train.steps", "train.zzz=1"):
+        ended = program("--cfg", "job", argument)
+        assert (ended.returncode, ended.stdout) == (64, "")
+    ended = program("-m", "dry_run=true", "optim.eps=-1", f"hydra.sweep.dir={tmp_path}")
     assert (ended.returncode, "Traceback" in ended.stderr) == (64, False)
     assert "optim.eps=-1.0 must be positive" in ended.stderr
 

@@ -16,7 +16,7 @@ import pytest
 from megatron_m1 import generate, score
 from megatron_m1.config import GenerateConfig, LoadConfig, ScoreConfig
 from megatron_m1.data.indexed import IndexedWriter
-from megatron_m1.data.tokenizer import Tokenizer, train_bpe
+from megatron_m1.data.tokenizer import train_bpe
 from megatron_m1.errors import EXIT_INPUT, EXIT_USAGE, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,24 +32,18 @@ class World:
 
     data: Path
     run: Path
-    output: str
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a program printed, as it came: each piece with whether the program still ran."""
+
+    pieces: list[tuple[str, bool]]
+    errors: str
 
     @property
-    def training(self) -> list[str]:
-        return [
-            "model=tiny",
-            "model.num_layers=2",
-            "model.layer_pattern=LS",
-            "model.vocab_size=320",
-            "data=indexed",
-            f"data.train=[{self.data}/text]",
-            f"data.tokenizer={self.data}",
-            "train.steps=3",
-            "train.seq_length=64",
-            "train.micro_batch=2",
-            "logger=quiet",
-            f"run_dir={self.run}",
-        ]
+    def text(self) -> str:
+        return "".join(piece for piece, _ in self.pieces)
 
 
 def start(program: str, *arguments: str, torchrun: bool = False) -> subprocess.Popen[str]:
@@ -84,22 +78,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     with IndexedWriter(data / "text", 320) as writer:
         for text in TEXTS:
             writer.add([*tokenizer.encode(text), tokenizer.eod])
-    ended = run("pretrain", *World(data, folder, "").training)
+    ended = run(
+        "pretrain",
+        "model=tiny",
+        "model.num_layers=2",
+        "model.layer_pattern=LS",
+        "model.vocab_size=320",
+        "data=indexed",
+        f"data.train=[{data}/text]",
+        f"data.tokenizer={data}",
+        "train.steps=3",
+        "train.seq_length=64",
+        "train.micro_batch=2",
+        "logger=quiet",
+        f"run_dir={folder}",
+    )
     assert ended.returncode == 0, ended.stderr
-    return World(data, folder, ended.stdout)
+    return World(data, folder)
 
 
 @pytest.fixture(scope="module")
-def generated(world: World) -> str:
-    ended = run("generate", f"checkpoint.load={world.run}", f"prompt={PROMPT}", "max_new_tokens=20")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
+def generated(world: World) -> Generated:
+    process = start("generate", *generation(world))
+    assert process.stdout is not None and process.stderr is not None
+    pieces = []
+    while piece := os.read(process.stdout.fileno(), 1000):
+        pieces.append((piece.decode(), process.poll() is None))
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 0, errors
+    return Generated(pieces, errors)
 
 
-def error_of(ended: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence on standard error."""
-    (line,) = ended.stderr.splitlines()
-    return line
+def generation(world: World) -> list[str]:
+    return [f"checkpoint.load={world.run}", f"prompt={PROMPT}", "max_new_tokens=20"]
 
 
 def test_pretrain_leaves_a_run(world: World) -> None:
@@ -111,45 +122,19 @@ def test_pretrain_leaves_a_run(world: World) -> None:
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_000003"]
 
 
-def test_a_finished_run_says_so(world: World) -> None:
-    ended = run("pretrain", *world.training)
-    assert ended.returncode == 0
-    assert "step_000003: going on from step 3" in ended.stdout
-    assert "nothing is left to train: give more train.steps" in ended.stdout
-
-
-def test_generate_streams_while_it_runs(world: World, generated: str) -> None:
-    process = start(
-        "generate", f"checkpoint.load={world.run}", f"prompt={PROMPT}", "max_new_tokens=20"
-    )
-    assert process.stdout is not None
-    pieces = iter(lambda: os.read(process.stdout.fileno(), 1000).decode(), "")
-    first = next(pieces)
-    assert process.poll() is None
-    assert generated.startswith(first) and len(first) < len(generated) / 2
-    rest = list(pieces)
-    process.communicate(timeout=60)
+def test_generate_streams_while_it_runs(generated: Generated) -> None:
+    assert generated.errors == ""
+    assert generated.text.startswith(PROMPT)
+    (first, running), *rest = generated.pieces
+    assert running and len(first) < len(generated.text) / 2
     assert len(rest) > 5
-    assert first + "".join(rest) == generated
-
-
-def test_generate_shows_the_prompt_and_its_continuation(world: World, generated: str) -> None:
-    assert generated.startswith(PROMPT)
-    assert len(Tokenizer.load(world.data).encode(generated.removesuffix("\n"))) > 10
 
 
 def test_generate_over_two_processes_writes_the_same_text_once(
-    world: World, generated: str
+    world: World, generated: Generated
 ) -> None:
-    ended = run(
-        "generate",
-        f"checkpoint.load={world.run}",
-        f"prompt={PROMPT}",
-        "max_new_tokens=20",
-        "parallel.tp=2",
-        torchrun=True,
-    )
-    assert (ended.returncode, ended.stdout) == (0, generated), ended.stderr
+    ended = run("generate", *generation(world), "parallel.tp=2", torchrun=True)
+    assert (ended.returncode, ended.stdout) == (0, generated.text), ended.stderr
 
 
 def test_score_writes_only_its_file(world: World, tmp_path: Path) -> None:
@@ -170,30 +155,6 @@ def test_score_writes_only_its_file(world: World, tmp_path: Path) -> None:
     assert sorted(world.run.rglob("*")) == before
 
 
-def test_a_checkpoint_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
-    arguments = [*world.training, "model.head_dim=16", f"run_dir={tmp_path}/new"]
-    ended = run("pretrain", *arguments, f"checkpoint.load={world.run}")
-    assert ended.returncode == EXIT_INPUT
-    assert "model.head_dim=16 (the checkpoint has 32)" in error_of(ended)
-    assert not (tmp_path / "new").exists()
-
-
-def test_truncated_data_is_refused(world: World, tmp_path: Path) -> None:
-    for kind in ("bin", "idx"):
-        content = (world.data / f"text.{kind}").read_bytes()
-        (tmp_path / f"text.{kind}").write_bytes(content[:-100] if kind == "bin" else content)
-    arguments = [*world.training, f"data.train=[{tmp_path}/text]", f"run_dir={tmp_path}/new"]
-    ended = run("pretrain", *arguments)
-    assert ended.returncode == EXIT_INPUT
-    assert f"{tmp_path}/text.bin" in error_of(ended) and "cut short" in error_of(ended)
-
-
-def test_a_missing_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
-    ended = run("generate", f"checkpoint.load={world.run}", f"tokenizer={tmp_path}/none.json")
-    assert ended.returncode == EXIT_INPUT
-    assert f"tokenizer={tmp_path}/none.json" in error_of(ended)
-
-
 def test_over_several_processes_one_prints_the_error() -> None:
     ended = run("pretrain", "parallel.tp=4", "optim.eps=0", torchrun=True)
     assert ended.returncode != 0
@@ -201,7 +162,16 @@ def test_over_several_processes_one_prints_the_error() -> None:
     assert len(said) == len(set(said))
     assert any("2 processes cannot be divided by parallel.tp*cp*pp" in line for line in said)
     assert "error: optim.eps=0.0 must be positive" in said
-    assert "Traceback" not in ended.stderr
+    # torchrun adds a traceback of its own, in which no file of ours stands.
+    assert str(ROOT / "megatron_m1") not in ended.stderr
+
+
+def test_a_wrong_file_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    ended = run("score", "checkpoint.load=a", "tokens=a.npy", f"out={tmp_path}/no/out.npy")
+    assert ended.returncode == EXIT_INPUT
+    assert ended.stderr == (
+        f"error: out={tmp_path}/no/out.npy cannot be written: there is no folder {tmp_path}/no\n"
+    )
 
 
 def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -6,14 +6,11 @@ import math
 import time
 from collections.abc import Sequence
 
+from megatron_m1.errors import NotFinite
 from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.metrics import step_metrics
 from megatron_m1.training.run import Run
 from megatron_m1.training.step import train_step
-
-
-class NotFinite(RuntimeError):
-    """The loss or the gradient is NaN or infinite: the weights are not worth going on with."""
 
 
 def train(run: Run, callbacks: Sequence[Callback]) -> None:
@@ -28,7 +25,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         seconds = time.perf_counter() - started
         if not math.isfinite(result.loss + result.grad_norm):
             raise NotFinite(
-                f"step {run.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}"
+                f"step {run.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: "
+                "nothing is saved; lower optim.lr or look at the data of this step"
             )
         metrics = step_metrics(run, result, seconds)
         for callback in callbacks:

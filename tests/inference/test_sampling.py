@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_m1.data.tokenizer import train_bpe
-from megatron_m1.inference.load import Loaded
+from megatron_m1.data.tokenizer import END_OF_DOCUMENT, train_bpe
+from megatron_m1.errors import InputError
+from megatron_m1.inference.load import Loaded, load_tokenizer
 from megatron_m1.inference.sampling import Sampling, choose, continue_text, continue_tokens
 from megatron_m1.model.build import build_chunks, forward_row
-from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.transformer_config import transformer_config
 from parallel.layout import Layout
 from parallel.packing import PackedRow
 from tests.distributed import Pool
 from tests.inference.trained import LAYOUTS, load_into
+from tests.training import small_run
 
+MODEL = replace(small_run.MODEL, num_layers=2, layer_pattern="LS", vocab_size=300)
 PROMPT = [5, 6, 7, 12, 13]
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
@@ -76,35 +79,44 @@ def test_every_layout_continues_alike(
     assert ranks(size).run(continued, layout, checkpoint, hot) == [alone] * size
 
 
-def untrained(model: ModelConfig) -> Loaded:
-    chunks = build_chunks(model, transformer_config(model, Layout()), seed=1)
-    return Loaded(model, chunks, Path())
+@pytest.fixture
+def untrained(single_process: Layout) -> Loaded:
+    return Loaded(MODEL, build_chunks(MODEL, transformer_config(MODEL, Layout()), seed=1), Path())
 
 
-def test_text_comes_in_whole_characters(single_process: Layout) -> None:
+def test_text_comes_in_whole_characters(untrained: Loaded) -> None:
     """An untrained model writes bytes at random, so that characters are cut and broken off."""
     tokenizer = train_bpe(["naïve"], 300)
-    loaded = untrained(ModelConfig(num_layers=2, hidden_size=32, vocab_size=300))
     sampling = Sampling(temperature=1.0, seed=2)
-    arguments = (loaded.chunks, single_process)
-    ids = list(continue_tokens(*arguments, tokenizer.encode("ü"), 40, sampling, tokenizer.eod))
-    pieces = list(continue_text(*arguments, tokenizer, "ü", 40, sampling))
+    arguments = (untrained.chunks, Layout())
+    ids = list(continue_tokens(*arguments, tokenizer.encode("ü"), 12, sampling, tokenizer.eod))
+    pieces = list(continue_text(*arguments, tokenizer, "ü", 12, sampling))
     assert len(pieces) == len(ids) + 1
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
-def test_an_empty_prompt_starts_a_document(single_process: Layout) -> None:
+def test_an_empty_prompt_starts_a_document(untrained: Loaded) -> None:
     tokenizer = train_bpe(["naïve"], 300)
-    loaded = untrained(ModelConfig(num_layers=2, hidden_size=32, vocab_size=300))
-    arguments = (loaded.chunks, single_process)
+    arguments = (untrained.chunks, Layout())
     ids = list(continue_tokens(*arguments, [tokenizer.eod], 5, Sampling(), tokenizer.eod))
     pieces = continue_text(*arguments, tokenizer, "", 5, Sampling())
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
-def test_generation_ends_at_the_end_of_the_document(single_process: Layout) -> None:
-    loaded = untrained(ModelConfig(num_layers=2, hidden_size=32, vocab_size=300))
-    arguments = (loaded.chunks, single_process, [1, 2], 10, Sampling(temperature=1.0))
+def test_generation_ends_at_the_end_of_the_document(untrained: Loaded) -> None:
+    arguments = (untrained.chunks, Layout(), [1, 2], 10, Sampling(temperature=1.0))
     tokens = list(continue_tokens(*arguments))
     assert len(tokens) == 10
     assert list(continue_tokens(*arguments, stop=tokens[4])) == tokens[: tokens.index(tokens[4])]
+
+
+def test_the_tokenizer_must_be_the_models(tmp_path: Path) -> None:
+    train_bpe(["naïve"], 300).save(tmp_path)
+    loaded = Loaded(MODEL, [], tmp_path)
+    size = load_tokenizer(None, END_OF_DOCUMENT, loaded).vocab_size
+    with pytest.raises(InputError, match=f"has {size} tokens, but the checkpoint's model knows 9"):
+        load_tokenizer(None, END_OF_DOCUMENT, replace(loaded, model=replace(MODEL, vocab_size=9)))
+    with pytest.raises(InputError, match="tokenizer=.*none.json does not exist"):
+        load_tokenizer(str(tmp_path / "none.json"), END_OF_DOCUMENT, loaded)
+    with pytest.raises(InputError, match="no token <eos> to end a document with"):
+        load_tokenizer(None, "<eos>", loaded)

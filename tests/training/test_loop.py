@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from megatron_m1.config import RunConfig
+from megatron_m1.errors import NotFinite
 from megatron_m1.model.build import unwrap
 from megatron_m1.pretrain import pretrain
 from megatron_m1.training.callbacks.defaults import default_callbacks
-from megatron_m1.training.loop import NotFinite, train
+from megatron_m1.training.loop import train
 from megatron_m1.training.run import Run
 from parallel.layout import Layout
 from tests.training.small_run import MODEL, small_config, start, write_data
