@@ -8,11 +8,13 @@ from megatron_m1.training.run import Run
 
 
 class Sampler(Callback):
-    """Shows a greedy continuation of ``prompt`` when training ends."""
+    """Shows a continuation of ``prompt`` when training ends, drawn from the likelier tokens: the
+    most likely ones of a young model repeat themselves."""
 
     def __init__(self, prompt: str, tokens: int) -> None:
         self.prompt = prompt
         self.tokens = tokens
+        self.sampling = Sampling(temperature=0.7, top_p=0.9, seed=0)
 
     def on_end(self, run: Run) -> None:
         if run.config.parallel.vpp:
@@ -20,6 +22,6 @@ class Sampler(Callback):
             return
         assert run.tokenizer is not None
         pieces = continue_text(
-            run.chunks, run.config.parallel, run.tokenizer, self.prompt, self.tokens, Sampling()
+            run.chunks, run.config.parallel, run.tokenizer, self.prompt, self.tokens, self.sampling
         )
         run.sinks.text(run.progress.step, "sample", self.prompt + "".join(pieces))
