@@ -193,10 +193,10 @@ def _batch_problems(train: TrainConfig, layout: Layout, data_parallel: int) -> l
         for key, rows in _batches(train)
         if rows < 1 or rows % multiple
     ]
-    if layout.uses_sequence_parallel and row % layout.tp:
+    if row % layout.tp:
         found.append(
             f"train.micro_batch * train.seq_length = {row} is not divisible by "
-            f"parallel.tp={layout.tp}, as sequence parallelism needs"
+            f"parallel.tp={layout.tp}, which divides the tokens among the routers"
         )
     return found
 
@@ -237,14 +237,19 @@ def _lr_phase_problems(where: str, end: str, phase: LrPhase) -> list[str]:
         found.append(f"{where}.tokens={phase.tokens} must be at least 1")
     if where != "optim" and phase.lr <= 0:
         found.append(f"{where}.lr={phase.lr} must be positive")
+    if phase.shape == "constant" and phase.end_lr not in (None, phase.lr) and where != "optim":
+        found.append(
+            f"{where}.end_lr={phase.end_lr} is not reached with shape=constant: give shape=linear, "
+            "cosine or exponential"
+        )
     if phase.shape == "exponential" and phase.end_lr is not None and phase.end_lr <= 0:
         found.append(f"{where}.{end}={phase.end_lr} must be positive where shape=exponential")
     return found
 
 
-def data_problems(data: DataConfig) -> list[str]:
+def data_problems(config: RunConfig) -> list[str]:
     """What is missing of the data's description; a dry run needs none of it."""
-    found = []
+    data, found = config.data, []
     if data.corpus == "indexed" and not data.train:
         found.append("data.train is empty: give data.train=[PREFIX], the path of a .bin/.idx pair")
     if data.weights and len(data.weights) != len(data.train):
@@ -252,4 +257,11 @@ def data_problems(data: DataConfig) -> list[str]:
             f"data.weights={data.weights} must hold one number for each of the {len(data.train)} "
             "datasets in data.train"
         )
+    if config.train.eval_every and data.corpus == "indexed" and not data.valid:
+        found.append(
+            f"train.eval_every={config.train.eval_every} needs held-out text: give "
+            "data.valid=[PREFIX], or train.eval_every=0"
+        )
+    if config.train.sample_prompt and data.corpus == "indexed" and not data.tokenizer:
+        found.append("train.sample_prompt needs data.tokenizer=FILE")
     return found

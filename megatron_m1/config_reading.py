@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -114,7 +115,10 @@ def _read_count(value: Any) -> int:
 def _read_number(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
-    return float(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
 
 
 def _read_switch(value: Any) -> bool:
@@ -132,7 +136,7 @@ def _read_text(value: Any) -> str:
 _READERS = {int: _read_count, float: _read_number, bool: _read_switch, str: _read_text}
 _EXPECTED = {
     int: "is not a whole number: 1000, 1e3, 4k and 2B are",
-    float: "is not a number",
+    float: "is not a finite number",
     bool: "is neither true nor false",
     str: "is not text",
 }

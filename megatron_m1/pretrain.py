@@ -26,7 +26,7 @@ def run(config: RunConfig) -> None:
         world = config.world_size or config.parallel.smallest_world
     problems = run_problems(config, world)
     if not config.dry_run:
-        problems += data_problems(config.data)
+        problems += data_problems(config)
     if problems:
         raise ConfigError(problems)
     if config.dry_run:

@@ -26,6 +26,7 @@ MEGATRON_VERSION = "0.16.1"
 
 # module -> names that a patch below replaces or defines, all read by Megatron-core 0.16.1.
 PATCHED_NAMES = {
+    "megatron.core.jit": ["disable_jit_fuser"],
     "megatron.core.tensor_parallel.random": ["_lazy_call"],
     "megatron.core.transformer.moe.token_dispatcher": ["maybe_move_tensor_to_cpu"],
     "megatron.core.tensor_parallel.mappings": [
@@ -64,8 +65,8 @@ def enable() -> None:
     if _enabled:
         return
     _check_megatron_version()
-    _silence_known_warnings()
     if not has_accelerator():
+        _silence_known_warnings()
         _patch_cuda_queries()
         _patch_cuda_random()
         _patch_streams()

@@ -9,6 +9,7 @@ section 3.1; Megatron-core keeps a second set of ranks for the experts.
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 
@@ -103,12 +104,11 @@ class Layout:
         )
 
     def build_groups(self) -> None:
-        """Create Megatron's process groups over the initialised default group, replacing any that
-        exist."""
+        """Create Megatron's process groups over the initialised default group, in the place of any
+        that exist."""
         from megatron.core import parallel_state
 
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
+        close_groups()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
@@ -116,4 +116,18 @@ class Layout:
             context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.etp,
+            create_gloo_process_groups=False,
         )
+
+
+def close_groups() -> None:
+    """Close every process group but the default one. Megatron only forgets its groups, and each
+    keeps threads for as long as anything refers to it."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()

@@ -28,11 +28,13 @@ def single_process() -> Iterator[Layout]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Pool]]:
-    """``ranks(n)`` is a pool of n ranks, started on first use and again after a failure."""
+    """``ranks(n)`` is a pool of n ranks, started on first use, after a failure and when worn."""
     pools: dict[int, Pool] = {}
 
     def pool(size: int) -> Pool:
-        if size not in pools or not pools[size].alive:
+        if size not in pools or not pools[size].usable:
+            if size in pools:
+                pools[size].close()
             pools[size] = Pool(size)
         return pools[size]
 

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = ["tests.preload"]
+# Megatron's gradient hooks keep a model and its groups alive in C++, and each group keeps threads
+# that wake a thousand times a second: after some runs a fresh process is cheaper.
+_RUNS = 5
 
 
 class Pool:
@@ -27,6 +30,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._runs = 0
         self._logs = tempfile.TemporaryDirectory(prefix="ranks-")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
@@ -51,6 +55,7 @@ class Pool:
             AssertionError: a rank raised, died, or did not finish within ``limit`` seconds. The
                 pool is then closed, since its ranks may wait for each other for ever.
         """
+        self._runs += 1
         for pipe in self._pipes:
             pipe.send((function, args))
         results, failures = [], []
@@ -75,8 +80,10 @@ class Pool:
         return Path(self._logs.name) / f"rank{rank}.log"
 
     @property
-    def alive(self) -> bool:
-        return bool(self._processes) and all(process.is_alive() for process in self._processes)
+    def usable(self) -> bool:
+        """Whether it is worth running more on these processes."""
+        alive = bool(self._processes) and all(process.is_alive() for process in self._processes)
+        return alive and self._runs < _RUNS
 
     def close(self) -> None:
         for process in self._processes:
@@ -97,6 +104,8 @@ def _serve(pipe: Any, rank: int, size: int, port: int, log: str) -> None:
     )
     import torch
 
+    from parallel.layout import close_groups
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=100))
     while True:
@@ -109,18 +118,8 @@ def _serve(pipe: Any, rank: int, size: int, port: int, log: str) -> None:
         except BaseException:
             outcome = ("error", f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(outcome)
-        _leave_groups()
-
-
-def _leave_groups() -> None:
-    """Close the groups that a function built: each keeps threads, Megatron only forgets them."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+        del outcome
+        close_groups()
 
 
 def _free_port() -> int:

@@ -105,14 +105,14 @@ def test_rule(world_size: int, overrides: str, problem: str) -> None:
 @pytest.mark.parametrize("overrides", [["data=indexed"], ["data=indexed", "data.weights=[1,2]"]])
 def test_data_must_be_given_but_for_a_dry_run(overrides: list[str]) -> None:
     config = load("pretrain", RunConfig, overrides)
-    assert "data.train=[PREFIX]" in data_problems(config.data)[0]
+    assert "data.train=[PREFIX]" in data_problems(config)[0]
     with pytest.raises(ConfigError, match="data.train is empty"):
         pretrain.run(config)
 
 
 def test_one_weight_for_each_dataset() -> None:
     config = load("pretrain", RunConfig, ["data=indexed", "data.train=[a]", "data.weights=[1,2]"])
-    (problem,) = data_problems(config.data)
+    (problem,) = data_problems(config)
     assert problem.startswith("data.weights=[1.0, 2.0] must hold one number for each of the 1 data")
 
 

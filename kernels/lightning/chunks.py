@@ -21,10 +21,10 @@ class Chunks:
 
     tokens: int
     size: int
-    first_N: Tensor
-    """`[N]` int64 the first chunk of each document of a row."""
-    last_N: Tensor
-    """`[N]` int64 the last chunk of each document of a row."""
+    first_N: list[int]
+    """The first chunk of each document of a row."""
+    last_N: list[int]
+    """The last chunk of each document of a row."""
     lengths_M: Tensor
     """`[M]` int64 tokens in each chunk."""
     slots_T: Tensor | None
@@ -52,10 +52,8 @@ class Chunks:
             slots_T = place + torch.tensor(shifts).repeat_interleave(torch.tensor(bounds).diff())
             sources = torch.full((len(lengths) * size,), tokens).scatter_(0, slots_T, place)
             slots_T, sources = slots_T.to(device), sources.to(device)
-        first_N, last_N, lengths_M = (
-            torch.tensor(x, device=device) for x in (first, last, lengths)
-        )
-        return cls(tokens, size, first_N, last_N, lengths_M, slots_T, sources)
+        lengths_M = torch.tensor(lengths, device=device)
+        return cls(tokens, size, first, last, lengths_M, slots_T, sources)
 
     @property
     def count(self) -> int:

@@ -149,7 +149,7 @@ def _carry(
     added_BMHDDv: Tensor,
     carry_MH11: Tensor,
     outer_NHDDv: Tensor | None,
-    starts_N: Tensor,
+    starts_N: list[int],
     step: int,
 ) -> Tensor:
     """Carry the state from chunk to chunk: `[B, M, H, D, Dv]` that enters each chunk.
@@ -160,9 +160,9 @@ def _carry(
     entering_BMHDDv = torch.zeros_like(added_BMHDDv)
     if outer_NHDDv is not None:
         outer_BNHDDv = outer_NHDDv.unflatten(0, (-1, len(starts_N)))
-        entering_BMHDDv.index_copy_(1, starts_N, outer_BNHDDv)
+        entering_BMHDDv[:, starts_N] = outer_BNHDDv.to(entering_BMHDDv.dtype)
     added, carry, entering = added_BMHDDv.unbind(1), carry_MH11.unbind(0), entering_BMHDDv.unbind(1)
-    starts = set(starts_N.tolist())
+    starts = set(starts_N)
     for m in range(len(added))[::step]:
         if m not in starts:
             before = m - step
@@ -171,10 +171,10 @@ def _carry(
 
 
 def _leave(
-    entering_BMHDDv: Tensor, added_BMHDDv: Tensor, carry_MH11: Tensor, ends_N: Tensor
+    entering_BMHDDv: Tensor, added_BMHDDv: Tensor, carry_MH11: Tensor, ends_N: list[int]
 ) -> Tensor:
     """The states `[B*N, H, D, Dv]` that leave the documents at the chunks `ends_N`."""
-    entering, added = (x.index_select(1, ends_N) for x in (entering_BMHDDv, added_BMHDDv))
+    entering, added = (x[:, ends_N] for x in (entering_BMHDDv, added_BMHDDv))
     return added.addcmul_(carry_MH11[ends_N], entering).flatten(0, 1)
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 LATEST = "latest"
 # Keys of the model that the weights do not depend on: they may change between runs.
-_FREE = ("name", "init", "aux_loss_coef", "capacity_factor", "drop_policy")
+_FREE = ("name", "init", "rope_theta", "aux_loss_coef", "capacity_factor", "drop_policy")
 
 
 def save(run: Run) -> Path:
@@ -142,6 +142,10 @@ def find_latest(folder: Path) -> Path | None:
     if not pointer.is_file():
         return None
     path = folder / pointer.read_text().strip()
+    replaced = path.with_suffix(".old")
+    if not path.exists() and (replaced / CONFIG).is_file():
+        # A save was killed while it put a new checkpoint in the place of this one.
+        return replaced
     if not (path / CONFIG).is_file():
         raise InputError(f"{pointer} names {path.name}, but that is not a whole checkpoint")
     return path

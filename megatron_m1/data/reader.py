@@ -85,7 +85,7 @@ class Reader:
             elif state[name] != here:
                 raise ValueError(
                     f"the checkpoint's data has {name} {state[name]}, this run has {here}: resume "
-                    f"with {state[name]}, or start the data anew"
+                    f"with {state[name]}, or start another run_dir"
                 )
         self.consumed = int(state["consumed"])
 
@@ -100,5 +100,5 @@ def _check_sources(saved: list[list[str]], here: list[list[str]]) -> None:
         if saved_print != fingerprint:
             raise ValueError(
                 f"data source {name} does not hold what the checkpoint was reading as {saved_name}:"
-                " resume with the same files, or start the data anew"
+                " resume with the same files, or start another run_dir"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core import tensor_parallel
@@ -54,8 +54,7 @@ def trained_model(load: str | None, layout: Layout, precision: str) -> Iterator[
 
 def load_model(path: Path, layout: Layout, precision: str) -> Loaded:
     """Load a checkpoint's model over the groups that are already built."""
-    # Capacity is a means of training; a token must not miss an expert because of its neighbours.
-    model = replace(store.saved_model(path), capacity_factor=None)
+    model = store.saved_model(path)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = transformer_config(model, layout, precision=precision)
     chunks = build_chunks(model, config, seed=None)

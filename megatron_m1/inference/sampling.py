@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.inference.forward import forward_rows, padded_length
 from megatron_m1.model.build import unwrap
+from parallel import host
 from parallel.layout import Layout
 from parallel.packing import PackedRow
 
@@ -59,7 +61,7 @@ def continue_tokens(
     generator = torch.Generator().manual_seed(sampling.seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
-        token = choose(_next_logits(chunks, layout, tokens), sampling, generator)
+        token = _agreed(choose(_next_logits(chunks, layout, tokens), sampling, generator))
         if token == stop:
             return
         tokens.append(token)
@@ -81,6 +83,14 @@ def continue_text(
     for token in continue_tokens(chunks, layout, ids, max_new_tokens, sampling, tokenizer.eod):
         yield stream.step(token)
     yield stream.finish()
+
+
+def _agreed(token: int) -> int:
+    """The first process's token on all of them: copies of the model may differ in the last bit, and
+    one that stopped alone would leave the others waiting."""
+    chosen = torch.tensor(token, device=host.device())
+    dist.broadcast(chosen, src=0)
+    return int(chosen)
 
 
 def _next_logits(chunks: list[nn.Module], layout: Layout, tokens: list[int]) -> Tensor:

@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def residual_alpha(self) -> float:
-        return self.deepnorm_alpha or (2 * self.num_layers) ** 0.25
+        return (2 * self.num_layers) ** 0.25 if self.deepnorm_alpha is None else self.deepnorm_alpha
 
     def attention_params(self, kind: str) -> int:
         """Parameters of one attention block with its own norm, without the layer's two norms."""
@@ -149,6 +149,13 @@ class ModelConfig:
                 f"model.rotary_dim={self.rotary_dim} must be even and at most "
                 f"model.head_dim={self.head_dim}"
             )
+        for name in ("norm_eps", "lightning_norm_eps", "rope_theta", "capacity_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"model.{name}={value} must be positive")
+        for name, value in (("aux_loss_coef", self.aux_loss_coef), ("init.std", self.init.std)):
+            if value < 0:
+                found.append(f"model.{name}={value} must not be negative")
         if self.router_topk > self.num_experts:
             found.append(
                 f"model.router_topk={self.router_topk} is more than "

@@ -84,7 +84,7 @@ class AllHeadsNorm(nn.Module):
         return gated_rms_norm(hidden, gate, self.weight, squares / self.width, eps=self.eps)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Sequence = (), metadata: dict | None = None
+        self, prefix: str, sharded_offsets: Sequence, metadata: dict[str, Any]
     ) -> dict[str, Any]:
         """Megatron stores a parameter of a module without this method as one replicated copy."""
         return make_sharded_tensors_for_checkpoint(
@@ -93,7 +93,7 @@ class AllHeadsNorm(nn.Module):
             {"weight": 0},
             sharded_offsets,
             tp_group=self.tp_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
+            dp_cp_group=metadata["dp_cp_group"],
         )
 
 

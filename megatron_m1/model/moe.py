@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -14,7 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, router_gating_linear
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,12 +23,13 @@ from torch import Tensor
 
 from megatron_m1.model.experts import Experts
 from megatron_m1.model.float32 import KeepFloat32
+from parallel.host import has_accelerator
 
 try:
     import transformer_engine  # noqa: F401
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    HAVE_TE = True
+    HAVE_TE = has_accelerator()
 except ImportError:
     HAVE_TE = False
 
@@ -53,6 +55,7 @@ class Float32Router(KeepFloat32, TopKRouter):
         config = copy.copy(config)
         config.params_dtype = torch.float32
         super().__init__(config, pg_collection=pg_collection)
+        self.capacity_factor = config.moe_expert_capacity_factor
         self.routed: Tensor | None = None
         self.offered = 0
         self.sums_weight_gradient = False
@@ -61,9 +64,11 @@ class Float32Router(KeepFloat32, TopKRouter):
         weight = self.weight
         if self.sums_weight_gradient:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return router_gating_linear(input, weight, None, torch.float32)
+        return F.linear(input.float(), weight)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # Capacity is a means of training; elsewhere no token misses an expert for its neighbours.
+        self.config.moe_expert_capacity_factor = self.capacity_factor if self.training else None
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         if self.training and torch.is_grad_enabled():
             # With recomputation the first forward runs without gradients: count once.

@@ -10,7 +10,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megatron_m1.checkpoint.mapping import MappedParameter, mapped_parameters
+from megatron_m1.checkpoint.mapping import Copy, MappedParameter, mapped_parameters
 from megatron_m1.model.config import ModelConfig
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -81,8 +81,8 @@ def mark_parallel(chunk: nn.Module, model: ModelConfig) -> None:
     for local in local_parameters(chunk, model):
         axis = local.mapped.operation.axis
         if axis is not None and not hasattr(local.parameter, "tensor_model_parallel"):
-            dim = axis if local.parameter.dim() > axis else 0
-            dim = 0 if local.mapped.operation.view(local.parameter, model).dim() > 2 else dim
+            # What GateUp and QueryGroups pack is cut along the rows of the flat parameter.
+            dim = axis if isinstance(local.mapped.operation, Copy) else 0
             set_tensor_model_parallel_attributes(local.parameter, True, dim, 1)
         if local.mapped.is_expert:
             local.parameter.allreduce = False  # type: ignore[attr-defined]

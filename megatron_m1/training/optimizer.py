@@ -43,7 +43,7 @@ def build_optimizer(
         # A group of its own for FP32 weights (router, head): in a group of two dtypes Megatron's
         # distributed optimizer takes one weight's moments for another's when it saves.
         overrides[ParamKey(predicate=_IS_FLOAT32)] = {"lr_mult": 1.0}
-    optimizer = get_megatron_optimizer(settings, chunks, overrides)
+    optimizer = get_megatron_optimizer(settings, chunks, overrides, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         # Megatron leaves this to its own scheduler of rates, which the phases stand for here.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]

@@ -77,3 +77,15 @@ def test_enable_twice_changes_nothing() -> None:
     before = torch.cuda.current_device
     host.enable()
     assert torch.cuda.current_device is before
+
+
+def test_router_product_works_without_transformer_engine() -> None:
+    """It reads a name that Megatron defines only with Transformer Engine."""
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    tokens = torch.ones(2, 1, 3, device=host.device())
+    weight = torch.ones(4, 3, device=host.device(), requires_grad=True)
+    logits = router_gating_linear(tokens, weight, None, torch.float32)
+    logits.sum().backward()
+    assert logits.shape == (2, 1, 4)
+    assert weight.grad is not None
