@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_m1.config import (
-    DataConfig,
     GenerateConfig,
     LrPhase,
     OptimConfig,
