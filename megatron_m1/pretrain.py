@@ -14,6 +14,7 @@ from megatron_m1.config_checks import data_problems, run_problems
 from megatron_m1.config_loading import main
 from megatron_m1.dry_run import as_yaml, describe
 from megatron_m1.errors import ConfigError, InputError
+from megatron_m1.files import whole
 
 if TYPE_CHECKING:
     from megatron_m1.training.run import Run
@@ -76,7 +77,8 @@ def _open_folders(run: Run) -> None:
     try:
         run.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         run.dir.mkdir(parents=True, exist_ok=True)
-        (run.dir / "config.yaml").write_text(as_yaml(run.config))
+        with whole(run.dir / "config.yaml") as partial:
+            partial.write_text(as_yaml(run.config))
     except OSError as error:
         raise InputError(f"run_dir={run.dir} or checkpoint.dir: {error}") from error
 

@@ -76,6 +76,21 @@ def test_the_default_run_has_no_problem() -> None:
             "parallel.tp=2 train.micro_batch=1 train.seq_length=33",
             "train.micro_batch * train.seq_length = 33 is not divisible by parallel.tp=2",
         ),
+        (
+            2,
+            "parallel.tp=2 parallel.sequence_parallel=false train.micro_batch=1 "
+            "train.seq_length=33",
+            "train.micro_batch * train.seq_length = 33 is not divisible by parallel.tp=2",
+        ),
+        (
+            1,
+            "optim.phases=[{tokens:9,lr:1,end_lr:0.1}]",
+            "phases[0].end_lr=0.1 is not reached with",
+        ),
+        (1, "model.capacity_factor=-1", "model.capacity_factor=-1.0 must be positive"),
+        (1, "model.rope_theta=0", "model.rope_theta=0.0 must be positive"),
+        (1, "model.aux_loss_coef=-1", "model.aux_loss_coef=-1.0 must not be negative"),
+        (1, "model.init.std=-1", "model.init.std=-1.0 must not be negative"),
         (1, "optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers in [0, 1)"),
         (1, "optim.betas=[0.9,1]", "optim.betas=[0.9, 1.0] must be two numbers in [0, 1)"),
         (1, "optim.lr=0", "optim.lr=0.0 must be positive"),
@@ -108,6 +123,25 @@ def test_data_must_be_given_but_for_a_dry_run(overrides: list[str]) -> None:
     assert "data.train=[PREFIX]" in data_problems(config)[0]
     with pytest.raises(ConfigError, match="data.train is empty"):
         pretrain.run(config)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_are_finite(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"optim.lr={value} is not a finite number"):
+        load("pretrain", RunConfig, [f"optim.lr={value}"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [
+        ("train.eval_every=5", "data.valid=[PREFIX]"),
+        ("train.sample_prompt=a", "data.tokenizer=FILE"),
+    ],
+)
+def test_what_is_asked_for_must_be_possible(asked: str, missing: str) -> None:
+    config = load("pretrain", RunConfig, ["data=indexed", "data.train=[a]", asked])
+    (problem,) = data_problems(config)
+    assert missing in problem
 
 
 def test_one_weight_for_each_dataset() -> None:

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from megatron_m1.data.indexed import IndexedWriter
 from megatron_m1.data.tokenizer import Tokenizer, train_bpe
+from megatron_m1.files import whole
 
 _SUFFIXES = (".py", ".txt", ".rst")
 _SKIPPED_FOLDERS = {
@@ -101,9 +102,8 @@ def prepare_standard_library(
         with FileLock(folder / ".lock"):
             if not manifest_path.exists():
                 manifest = _prepare(folder, recipe, progress or (lambda message: None))
-                partial = manifest_path.with_suffix(".json.partial")
-                partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-                os.replace(partial, manifest_path)
+                with whole(manifest_path) as partial:
+                    partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     return _read_manifest(manifest_path, recipe)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatron_m1.files import whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _BYTES = 256
@@ -51,9 +52,8 @@ class Tokenizer:
         """Write `path`, or tokenizer.json inside it when it does not end in .json."""
         path = _file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     @cached_property
     def vocab_size(self) -> int:

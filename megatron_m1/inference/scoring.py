@@ -6,7 +6,6 @@ B rows, T tokens of the longest row.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_m1.errors import InputError
+from megatron_m1.files import whole
 from megatron_m1.inference.forward import forward_rows, padded_length
 from megatron_m1.inference.load import Loaded
 from parallel.layout import Layout
@@ -104,12 +104,9 @@ def _log_probabilities(losses: Tensor, row: PackedRow) -> Tensor:
 
 
 def write_scores(scores: NDArray[np.float32], path: str) -> None:
-    """Write under the final name only when whole."""
-    partial = Path(f"{path}.tmp")
+    """Write the scores under their final name when they are whole."""
     try:
-        with partial.open("wb") as file:
-            np.save(file, scores)
-        os.replace(partial, path)
+        with whole(Path(path)) as partial:
+            np.save(partial, scores)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"out={path} cannot be written: {error}") from error

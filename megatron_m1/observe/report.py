@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_m1.files import whole
 from megatron_m1.observe.figure import draw
 from megatron_m1.observe.run_log import RunLog, read_run
 
@@ -72,10 +73,13 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Report:
     runs = _distinct_names([read_run(Path(run_dir)) for run_dir in run_dirs], run_dirs)
     out_dir.mkdir(parents=True, exist_ok=True)
     report = Report(*(out_dir / f"report.{kind}" for kind in ("png", "html", "json")))
-    draw(runs, _title(runs), report.png)
-    report.html.write_text(_page(runs, report.png.read_bytes()), encoding="utf-8")
+    with whole(report.png) as png:
+        draw(runs, _title(runs), png)
+    with whole(report.html) as html:
+        html.write_text(_page(runs, report.png.read_bytes()), encoding="utf-8")
     numbers = {run.name: run.summary() for run in runs}
-    report.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    with whole(report.json) as partial:
+        partial.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -93,6 +93,14 @@ def test_an_interrupted_save_leaves_the_last_whole_one(
     assert names(run.checkpoint_dir) == {"step_000001", "step_000002", "latest"}
 
 
+def test_a_save_killed_between_its_two_moves_is_survived(run: Run) -> None:
+    step = run.checkpoint_dir / "step_000001"
+    step.rename(step.with_suffix(".old"))
+    found = store.find_latest(run.checkpoint_dir)
+    assert found == step.with_suffix(".old")
+    store.load(run, found)
+
+
 def test_a_checkpoint_is_found_by_each_of_its_folders(run: Run) -> None:
     step = run.checkpoint_dir / "step_000001"
     for folder in (run.dir, run.checkpoint_dir, step):
@@ -172,7 +180,7 @@ def test_a_damaged_checkpoint_is_one_sentence(run: Run, damage: str) -> None:
     else:
         tensors.write_bytes(tensors.read_bytes()[:1000])
     with pytest.raises(InputError) as refused:
-        store.load(run, path)
+        store.load(start(run.config), path)
     assert str(refused.value).startswith(f"checkpoint {path} cannot be read, a file")
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 500

@@ -19,6 +19,7 @@ class Sampler(Callback):
     def on_end(self, run: Run) -> None:
         if run.config.parallel.vpp:
             # The interleaved schedule takes several rows at a time; generation has one.
+            run.sinks.text(run.progress.step, "sample", "none: parallel.vpp serves training only")
             return
         assert run.tokenizer is not None
         pieces = continue_text(
