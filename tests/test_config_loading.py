@@ -93,7 +93,7 @@ def test_values_of_the_wrong_type_are_reported_together() -> None:
     assert sorted(refused("optim.lr=x", "logger.console=7", "optim.betas=0.9", "seed=null")) == [
         "logger.console=7 is neither true nor false",
         "optim.betas=0.9 is not a list: write optim.betas=[0.9]",
-        "optim.lr=x is not a number",
+        "optim.lr=x is not a finite number",
         "seed=null is not a whole number: 1000, 1e3, 4k and 2B are",
     ]
 

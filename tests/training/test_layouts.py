@@ -12,6 +12,8 @@ import torch
 from tests.distributed import Pool
 from tests.training.small_run import LAYOUTS, curve, small_config, whole_weights, write_data
 
+STORED = [4.491764, 3.590025, 3.086752, 2.706992, 2.677501]
+
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -72,6 +74,6 @@ def test_plain_optimizer_equals_the_distributed_one(
     assert_same(ranks(2).run(curve, replace(config, optim=optim)), one_process)
 
 
-def test_the_curve_falls(one_process: list[dict[str, Any]]) -> None:
-    losses = one_process[0]["losses"]
-    assert losses[-1] < losses[0] - 0.1
+def test_the_curve_is_the_stored_one(one_process: list[dict[str, Any]]) -> None:
+    """A change that is meant to train otherwise stores its own curve; no other may leave this."""
+    assert one_process[0]["losses"] == pytest.approx(STORED, rel=1e-4)
