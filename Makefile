@@ -9,6 +9,7 @@ READY  := $(VENV)/.ready
 .PHONY: train test lint bench clean
 
 $(READY): pyproject.toml
+	@echo "Setting up $(VENV): some minutes, and 2 GB with a CPU build of torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

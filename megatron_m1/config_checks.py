@@ -49,7 +49,7 @@ def run_problems(config: RunConfig, world_size: int) -> list[str]:
     unfit = layout.problems(world_size)
     found = [*config.model.problems(), *unfit, *model_layout_problems(config.model, layout)]
     if config.world_size not in (None, world_size):
-        found.append(f"world_size={config.world_size}, but {world_size} processes were started")
+        found.append(f"world_size={config.world_size} does not equal the {world_size} started")
     found += _length_problems(config.train)
     if not unfit:
         found += _batch_problems(config.train, layout, layout.data_parallel(world_size))

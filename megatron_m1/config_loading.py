@@ -112,6 +112,8 @@ def _check_arguments(arguments: Sequence[str], schema: type) -> None:
             continue
         if re.sub(r"\.\d+\.", ".0.", key) not in keys and key not in groups:
             problems.append(f"unknown key {sign}{key}: {did_you_mean(key, [*keys, *groups])}")
+        elif "~" in sign:
+            problems.append(f"{sign}{key}: keys cannot be removed, write {key}={value}")
         elif sign:
             problems.append(f"{sign}{key}: the key exists already, write {key}={value}")
     if problems:

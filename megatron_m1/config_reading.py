@@ -46,7 +46,7 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close[:3])}?"
-    return f"the keys begin with {', '.join(name for name in known if '.' not in name)}"
+    return f"the keys begin with {', '.join(dict.fromkeys(k for k in known if '.' not in k))}"
 
 
 def read_section(schema: type[Section], values: Any, key: str, problems: list[str]) -> Section:

@@ -33,7 +33,7 @@ def run(config: ScoreConfig) -> None:
         scores = score(loaded, config.parallel, rows, config.micro_batch)
         if launcher.is_first_process():
             write_scores(scores, config.out)
-            print(f"{len(scores)} rows of log-probabilities in {config.out}")
+            print(f"{config.out}: log-probabilities of {len(scores)} row(s)")
 
 
 if __name__ == "__main__":

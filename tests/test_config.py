@@ -35,7 +35,7 @@ def test_the_default_run_has_no_problem() -> None:
     [
         (3, "parallel.tp=2", "3 processes cannot be divided by parallel.tp*cp*pp = 2*1*1 = 2"),
         (2, "parallel.ep=4", "parallel.etp*ep*pp = 1*4*1 = 4: start a multiple of 4"),
-        (4, "world_size=8", "world_size=8, but 4 processes were started"),
+        (4, "world_size=8", "world_size=8 does not equal the 4 started"),
         (1, "parallel.tp=0", "parallel.tp=0 is not a positive number"),
         (8, "parallel.tp=8", "model.num_attention_heads=4 is not divisible by parallel.tp=8"),
         (4, "parallel.tp=4", "model.num_query_groups=2 is not divisible by parallel.tp=4"),

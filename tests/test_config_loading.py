@@ -42,7 +42,7 @@ def refused(*overrides: str) -> list[str]:
         ("+train.steps=3", "+train.steps: the key exists already, write train.steps=3"),
         ("++train.steps=3", "++train.steps: the key exists already, write train.steps=3"),
         ("+model=tiny", "+model: the key exists already, write model=tiny"),
-        ("~train.steps", "~train.steps: the key exists already, write train.steps=VALUE"),
+        ("~train.steps", "~train.steps: keys cannot be removed, write train.steps=VALUE"),
         ("train.steps", "train.steps is not of the form KEY=VALUE"),
     ],
 )

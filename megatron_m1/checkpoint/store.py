@@ -155,13 +155,19 @@ def choose(load: str | None, own: Path) -> Path | None:
     """Where a run starts: the latest of its ``own`` folder, else ``load``. A step folder in ``own``
     that ``load`` names outright goes before the latest. Collective: the first process looks, since
     a shared file system may show the others an older folder."""
-    chosen: list[Path | None] = [None]
+    chosen: list[Path | InputError | None] = [None]
     if _is_first():
-        given, latest = find(load), find_latest(own)
-        is_own = given is not None and given.resolve().parent == own.resolve()
-        chosen = [given if is_own else latest or given]
+        try:
+            given, latest = find(load), find_latest(own)
+            is_own = given is not None and given.resolve().parent == own.resolve()
+            chosen = [given if is_own else latest or given]
+        except InputError as error:
+            chosen = [error]
     dist.broadcast_object_list(chosen, src=0)
-    return chosen[0]
+    (path,) = chosen
+    if isinstance(path, InputError):
+        raise path
+    return path
 
 
 def saved_model(path: Path) -> ModelConfig:

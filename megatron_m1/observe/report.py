@@ -104,7 +104,7 @@ def _title(runs: Sequence[RunLog]) -> str:
     run = runs[0]
     if len(runs) > 1:
         return f"{len(runs)} runs"
-    return f"{run.name} ({run.model})" if run.model else run.name
+    return f"{run.name} ({run.model})" if run.model not in (None, "", run.name) else run.name
 
 
 def _table(runs: Sequence[RunLog]) -> str:

@@ -15,6 +15,11 @@ LINES = 10  # permanent lines left above the bar in the course of a run
 FIELDS = ("train/loss", "optim/grad_norm", "optim/lr", "perf/tokens_per_s", "perf/mfu")
 
 
+def _fixed(text: str, width: int) -> TextColumn:
+    """A column that a narrow terminal does not cut."""
+    return TextColumn(text, table_column=Column(no_wrap=True, min_width=width))
+
+
 class LiveBar:
     """A bar with the newest numbers; a permanent line per tenth of the run and per evaluation."""
 
@@ -24,9 +29,11 @@ class LiveBar:
         self._lines = -1
         # The numbers come last, so that a narrow terminal cuts them and not the step or the time.
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TextColumn("ETA {task.fields[eta]}"),
+            _fixed(
+                "step {task.completed:.0f}/{task.total:.0f}", len(f"step {total_steps}") * 2 - 4
+            ),
+            BarColumn(bar_width=20, table_column=Column(min_width=10)),
+            _fixed("ETA {task.fields[eta]}", len("ETA 0:00:00")),
             TextColumn(
                 "{task.fields[numbers]}",
                 table_column=Column(no_wrap=True, overflow="ellipsis"),
