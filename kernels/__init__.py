@@ -1,1 +1,1 @@
-"""Tensor maths on one device: imports torch and the standard library, no process group."""
+"""Tensor maths on one device: torch, and Triton and FlashAttention where there; no process group."""
