@@ -35,6 +35,6 @@ def outputs_and_gradients(
     outputs = [result] if isinstance(result, Tensor) else list(result)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    total = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True))
+    total = sum((o * w.to(o)).sum() for o, w in zip(outputs, weights, strict=True))
     gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     return [o.detach() for o in outputs], list(gradients)
