@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
-from parallel import host
-from tests.distributed import Pool
+if not torch.cuda.is_available():
+    # Triton kernels then run on the CPU. Read when Triton is first imported, so before Megatron.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from parallel import host  # noqa: E402
+from tests.distributed import Pool  # noqa: E402
 
 host.enable()
 

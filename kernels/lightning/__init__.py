@@ -3,19 +3,17 @@
 Shapes: B batch, T tokens, H heads, D key width, Dv value width, N documents in a packed row.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from kernels.lightning.portable import lightning_attention_portable
-from kernels.lightning.reference import lightning_attention_reference
+import kernels.lightning.portable as portable
+import kernels.lightning.reference as reference
+from kernels.lightning import autograd
 from kernels.packed import document_bounds
 
-_BACKENDS = {
-    "portable": lightning_attention_portable,
-    "reference": lightning_attention_reference,
-}
+BACKENDS = ("auto", "fused", "portable", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,6 +27,7 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: Literal[False] = False,
+    silu: bool = False,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -43,6 +42,7 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: Literal[True],
+    silu: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -56,25 +56,28 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    silu: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor | None]:
+) -> Any:
     """`S_t = exp(-decay) S_{t-1} + k_t v_t^T`, `o_t = q_t^T S_t`, with no scale and no normaliser.
 
     The lightning attention of MiniMax-01 (arXiv 2501.08313, section 2.2); the current token enters
     its own output with weight one.
 
     Args:
-        q, k: `[B, T, H, D]`, float16, bfloat16, float32 or float64, any strides.
+        q, k: `[B, T, H, D]`, float16, bfloat16, float32 or float64, any strides, read in place.
         v: `[B, T, H, Dv]` of the same dtype.
         decay: `[H]` float32, the slopes s_h >= 0. A constant: no gradient flows to it. Negative
             slopes are the caller's mistake and are not looked for, as that would wait for a device.
         cu_seqlens: `[N+1]` int32 borders of the documents of a packed row; B must then be 1. No
-            state crosses a border.
+            state crosses a border. On the host or on q's device, from which "fused" reads it where
+            it lies, without waiting and unchecked, and "portable" copies it to the host.
         initial_state: `[N, H, D, Dv]` float32 state before each document (N = B without
             `cu_seqlens`); zero where not given.
         return_final_state: also return the state after each document.
-        backend: "reference" is the token recurrence, "portable" is chunked PyTorch, "auto" the
-            fastest that runs here.
+        silu: apply SiLU to q, k and v first, inside the kernel.
+        backend: "reference" is the token recurrence, "portable" is chunked PyTorch, "fused" is
+            Triton, "auto" the fastest that runs here.
 
     Returns:
         `o` `[B, T, H, Dv]` in v's dtype, or `(o, final_state)` with `final_state` `[N, H, D, Dv]`.
@@ -84,23 +87,143 @@ def lightning_attention(
     Raises:
         ValueError: a shape, dtype, device, border or backend that does not fit.
     """
-    name = "portable" if backend == "auto" else backend
-    if name not in _BACKENDS:
-        raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}, got {backend!r}")
-    _check_inputs(q, k, v, decay)
-    bounds = None
-    if cu_seqlens is not None:
-        if q.shape[0] != 1:
-            raise ValueError(f"a packed row has batch size 1, got q of shape {list(q.shape)}")
-        bounds = document_bounds(cu_seqlens, q.shape[1])
+    _check_qkv(q, k, v, decay)
+    return _attend((q, k, v), decay, cu_seqlens, initial_state, return_final_state, silu, backend)
+
+
+def lightning_attention_qkv(
+    qkv: Tensor,
+    decay: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    silu: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """`lightning_attention` of a fused projection, whose gradient is written as one tensor too.
+
+    Args:
+        qkv: `[B, T, H, 3 D]`, of each head q, k and v side by side, any strides.
+
+    The other arguments, the result and the errors are those of `lightning_attention`.
+    """
+    if qkv.dim() != 4 or qkv.shape[3] % 3:
+        raise ValueError(f"qkv must be [B, T, H, 3 D], got {list(qkv.shape)}")
+    _check_qkv(*autograd.views((qkv,)), decay)
+    return _attend((qkv,), decay, cu_seqlens, initial_state, return_final_state, silu, backend)
+
+
+def lightning_state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    silu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The state `[N, H, D, Dv]` after each document, from zero: sum_j exp(-s (L-1-j)) k_j v_j^T.
+
+    What a context-parallel rank tells those after it; no gradient is recorded. Arguments and errors
+    are those of `lightning_attention`; L is the length of a document.
+    """
+    _check_qkv(k, k, v, decay)
+    _documents(k, cu_seqlens)
+    return choose_backend(backend, k).state(k, v, decay, cu_seqlens, silu)
+
+
+def lightning_state_gradient(
+    q: Tensor,
+    d_o: Tensor,
+    decay: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    silu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """What the outputs of each document add to the gradient of the state before it.
+
+    `[N, H, D, Dv]`, sum_i exp(-s (i+1)) q_i do_i^T, for `d_o` `[B, T, H, Dv]`: what a
+    context-parallel rank tells those before it. `silu` applies to q. Other arguments and errors
+    are those of `lightning_attention`.
+    """
+    _check_qkv(q, q, d_o, decay)
+    _documents(q, cu_seqlens)
+    return choose_backend(backend, q).state_gradient(q, d_o, decay, cu_seqlens, silu)
+
+
+def _attend(
+    qkv: tuple[Tensor, ...],
+    decay: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    silu: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    q, _, v = autograd.views(qkv)
+    chosen = choose_backend(backend, q)
+    documents = _documents(q, cu_seqlens)
     if initial_state is not None:
-        documents = q.shape[0] if bounds is None else len(bounds) - 1
         _check_state(initial_state, q, v, documents)
-    o, final_state = _BACKENDS[name](q, k, v, decay, bounds, initial_state, return_final_state)
+    if chosen is reference:
+        o, final_state = reference.lightning_attention_reference(
+            *autograd.views(qkv), decay, cu_seqlens, initial_state, silu
+        )
+    else:
+        options = autograd.Options(chosen, return_final_state, silu)
+        o, final_state = autograd.apply(qkv, decay, cu_seqlens, initial_state, options)
     return (o, final_state) if return_final_state else o
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
+def choose_backend(name: str, q: Tensor) -> Any:
+    """The module that computes `q`: "portable" where "auto" finds no way to do better.
+
+    Raises ValueError for a name that is not known, or a backend that cannot compute `q`.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "reference":
+        return reference
+    if name == "portable" or (name == "auto" and q.device.type != "cuda"):
+        return portable
+    try:
+        import kernels.lightning.fused as fused
+        from kernels.triton_runtime import unsupported
+    except ImportError as error:
+        if name == "auto":
+            return portable
+        raise ValueError(f'backend "fused" needs Triton, which failed to load: {error}') from error
+    reason = unsupported(q)
+    if reason is None:
+        return fused
+    if name == "auto":
+        return portable
+    raise ValueError(f'backend "fused" does not fit: {reason}')
+
+
+def _documents(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """N, after the checks that wait for no device."""
+    if cu_seqlens is None:
+        return q.shape[0]
+    if q.shape[0] != 1:
+        raise ValueError(f"a packed row has batch size 1, got q of shape {list(q.shape)}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens must be int32 of shape [N+1] with N >= 1, got {cu_seqlens.dtype} of shape "
+            f"{list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu":
+        document_bounds(cu_seqlens, q.shape[1])
+    elif cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens must be on the host or with q on {q.device}, got {cu_seqlens.device}"
+        )
+    return cu_seqlens.numel() - 1
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             "q and k must be [B, T, H, D] and v [B, T, H, Dv], got "

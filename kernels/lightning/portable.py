@@ -1,189 +1,302 @@
-"""Lightning attention in chunks: plain PyTorch on any device, with a hand-written backward.
+"""Lightning attention in segments of chunks: plain PyTorch on any device.
 
-Inside a chunk the decayed scores are formed at once; between chunks only the state travels
-(lightning attention, arXiv 2401.04658; the decays here are those of arXiv 2501.08313). Every decay
-is `exp` of a number <= 0, so no slope is too steep. With q_i and S the state entering a chunk of L
-tokens, i, j = 0..L-1:
+With q_i, k_j, v_j the tokens of chunk m, i, j = 0..C-1, and S_m the state that enters it
+(arXiv 2401.04658; the decays are those of arXiv 2501.08313):
 
-    o_i = exp(-s (i + 1)) q_i S + sum_{j <= i} exp(-s (i - j)) (q_i . k_j) v_j
-    S' = exp(-s L) S + sum_j exp(-s (L - 1 - j)) k_j v_j^T
+    o_i = exp(-s (i + 1)) q_i S_m + sum_{j <= i} exp(-s (i - j)) (q_i . k_j) v_j
+    A_m = sum_j exp(-s (C - 1 - j)) k_j v_j^T
+    S_m = exp(-s C m) S_0 + sum_{n < m} exp(-s C (m - 1 - n)) A_n
 
-Shapes: B rows, T tokens in a row, M chunks in a row, C tokens in a chunk, H heads, D key width,
-Dv value width, N documents in a row.
+The last line is one product for all chunks of a segment; from segment to segment the state is
+carried. The backward walks the segments in reverse with the mirror image: the gradient of the state
+that leaves chunk m gathers B_n = sum_i exp(-s (i + 1)) q_i do_i^T of the chunks n > m. It is handed
+the state that entered each segment, and computes those of its chunks anew.
+
+The tensors of a segment are written into the same memory each time, so that they stay in the cache
+and no temporary grows with the row. The order of every sum is fixed: equal inputs give equal bits.
+
+Shapes: B rows, T tokens in a row, M chunks in a segment, C tokens in a chunk, H heads (of a group),
+Z = H * M chunks of all heads, D key width, Dv value width, N rows or documents with a state.
 """
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu as apply_silu
 
-from kernels.lightning.chunks import Chunks
-
-LONG_CHUNK, SHORT_CHUNK = 64, 32
-LONG_DOCUMENT = 512
-"""Work grows with the chunk, and so does the filling of a document's last one; the number of states
-and the efficiency of a product ask for a long one. The break-even was measured on a CPU for widths
-of 32 to 128."""
+from kernels.lightning.chunks import Cut, Decays, Segment
+from kernels.packed import document_bounds
 
 
-def lightning_attention_portable(
-    q_BTHD: Tensor,
+@torch.no_grad()
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    silu: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output, the final states where asked for, and the state that entered each segment.
+
+    Documents of one row that have states are walked one by one, and the backward is to compute what
+    entered their segments anew: the third is then None.
+    """
+    with_states = initial_state is not None or return_final_state
+    by_document = with_states and cu_seqlens is not None and cu_seqlens.numel() > 2
+    cut = _cut(q, v, cu_seqlens, by_document)
+    states = _running_states(initial_state, cut, q, v)
+    kept = _kept_states(cut, states) if keep_states and not by_document else None
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for piece in _pieces(cut, decay, states):
+        state_HDDv = piece.state(states)
+        if kept is not None:
+            piece.kept(kept).copy_(state_HDDv)
+        q_ZCD, k_ZCD = piece.load("q", q, silu), piece.load("k", k, silu)
+        v_ZCDv = piece.load("v", v, silu)
+        _, entering_ZDDv = piece.enter(k_ZCD, v_ZCDv, state_HDDv)
+        o_ZCDv = torch.bmm(q_ZCD, entering_ZDDv, out=piece.scratch("o", *v_ZCDv.shape))
+        o_ZCDv.mul_(piece.decays.queries_ZC1)
+        o_ZCDv.baddbmm_(piece.scores(q_ZCD, k_ZCD), v_ZCDv)
+        piece.store(o_ZCDv, o)
+    return o, states if return_final_state else None, kept
+
+
+@torch.no_grad()
+def backward(
+    d_o: Tensor | None,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    states: Tensor | None,
+    silu: bool,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    need_initial: bool,
+) -> Tensor | None:
+    """Write `dq`, `dk` and `dv`; `states` are those that `forward` kept."""
+    cut = _cut(q, v, cu_seqlens, by_document=states is None)
+    if states is None:
+        running = _running_states(initial_state, cut, q, v)
+        states = _kept_states(cut, running)
+        _walk_states(k, v, decay, cut, silu, running, states)
+    if d_o is None:
+        d_o = v.new_zeros(()).expand(v.shape)
+    d_states = _running_states(d_final_state, cut, q, v)
+    for piece in _pieces(cut, decay, d_states, reverse=True):
+        k_ZCD, v_ZCDv = piece.load("k", k, silu), piece.load("v", v, silu)
+        state_HDDv = piece.kept(states).clone()
+        k_decayed, entering_ZDDv = piece.enter(k_ZCD, v_ZCDv, state_HDDv)
+        q_ZCD, do_ZCDv = piece.load("q", q, silu), piece.load("do", d_o, silu=False)
+        do_decayed, d_leaving_ZDDv = piece.leave(q_ZCD, do_ZCDv, piece.state(d_states))
+
+        dq_ZCD = torch.bmm(do_decayed, entering_ZDDv.mT, out=piece.scratch("dq", *q_ZCD.shape))
+        dv_ZCDv = torch.bmm(k_decayed, d_leaving_ZDDv, out=do_decayed)
+        dk_ZCD = torch.bmm(v_ZCDv, d_leaving_ZDDv.mT, out=k_decayed)
+        dk_ZCD.mul_(piece.decays.keys_ZC1)
+        dv_ZCDv.baddbmm_(piece.scores(q_ZCD, k_ZCD).mT, do_ZCDv)
+        piece.store_gradient(dv_ZCDv, v, silu, dv)
+        d_scores_ZCC = piece.scores(do_ZCDv, v_ZCDv)
+        dq_ZCD.baddbmm_(d_scores_ZCC, k_ZCD)
+        piece.store_gradient(dq_ZCD, q, silu, dq)
+        dk_ZCD.baddbmm_(d_scores_ZCC.mT, q_ZCD)
+        piece.store_gradient(dk_ZCD, k, silu, dk)
+    return d_states if need_initial else None
+
+
+@torch.no_grad()
+def state(k: Tensor, v: Tensor, decay: Tensor, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
+    """The state after each document that starts from zero."""
+    cut = _cut(k, v, cu_seqlens, by_document=True)
+    states = _running_states(None, cut, k, v)
+    _walk_states(k, v, decay, cut, silu, states)
+    return states
+
+
+@torch.no_grad()
+def state_gradient(
+    q: Tensor, d_o: Tensor, decay: Tensor, cu_seqlens: Tensor | None, silu: bool
+) -> Tensor:
+    """The gradient that the outputs of each document give to the state before it."""
+    cut = _cut(q, d_o, cu_seqlens, by_document=True)
+    d_states = _running_states(None, cut, q, d_o)
+    for piece in _pieces(cut, decay, d_states, reverse=True):
+        q_ZCD, do_ZCDv = piece.load("q", q, silu), piece.load("do", d_o, silu=False)
+        piece.leave(q_ZCD, do_ZCDv, piece.state(d_states))
+    return d_states
+
+
+def _walk_states(
     k_BTHD: Tensor,
     v_BTHDv: Tensor,
     decay_H: Tensor,
-    bounds: list[int] | None,
-    initial_state_NHDDv: Tensor | None,
-    return_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`lightning_attention` in chunks. Arguments are checked by the caller.
-
-    Keeps q, k, v and one state per chunk for the backward. The order of every sum is fixed, so
-    equal inputs give equal bits.
-    """
-    tokens = q_BTHD.shape[1]
-    bounds = bounds or [0, tokens]
-    is_long = tokens >= LONG_DOCUMENT * (len(bounds) - 1)
-    chunk = LONG_CHUNK if is_long else SHORT_CHUNK
-    chunks = Chunks.of_documents(bounds, chunk, q_BTHD.device)
-    o_BTHDv, final_state_NHDDv = _Lightning.apply(
-        q_BTHD, k_BTHD, v_BTHDv, decay_H.detach(), initial_state_NHDDv, chunks, return_final_state
-    )
-    return o_BTHDv, final_state_NHDDv
+    cut: Cut,
+    silu: bool,
+    states_NHDDv: Tensor,
+    kept_SHDDv: Tensor | None = None,
+) -> None:
+    """Carry `states_NHDDv` from before the rows to after them, without outputs."""
+    for piece in _pieces(cut, decay_H, states_NHDDv):
+        state_HDDv = piece.state(states_NHDDv)
+        if kept_SHDDv is not None:
+            piece.kept(kept_SHDDv).copy_(state_HDDv)
+        k_ZCD, v_ZCDv = piece.load("k", k_BTHD, silu), piece.load("v", v_BTHDv, silu)
+        piece.enter(k_ZCD, v_ZCDv, state_HDDv)
 
 
-class _Decays(NamedTuple):
-    """All decay factors, the only place where `exp` is taken."""
-
-    scores_HCC: Tensor
-    """exp(-s (i - j)) where j <= i, zero elsewhere."""
-    queries_HC1: Tensor
-    """exp(-s (i + 1)): from the state entering the chunk to query i."""
-    keys_MHC1: Tensor
-    """exp(-s (L - 1 - j)): from key j to the state leaving the chunk."""
-    carry_MH11: Tensor
-    """exp(-s L): from the state entering the chunk to the state leaving it."""
+def _cut(q_BTHD: Tensor, v_BTHDv: Tensor, cu_seqlens: Tensor | None, by_document: bool) -> Cut:
+    bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, q_BTHD.shape[1])
+    return Cut.of(q_BTHD, max(q_BTHD.shape[3], v_BTHDv.shape[3]), bounds, by_document)
 
 
-def _decays(decay_H: Tensor, chunks: Chunks, dtype: torch.dtype) -> _Decays:
-    negative_H = -decay_H.to(dtype)
-    step_C = torch.arange(chunks.size, device=decay_H.device)
-    to_end_MC = (chunks.lengths_M[:, None] - 1 - step_C).clamp(min=0)
-    distance_CC = (step_C[:, None] - step_C).clamp(min=0)
-    return _Decays(
-        scores_HCC=torch.exp(negative_H[:, None, None] * distance_CC).tril(),
-        queries_HC1=torch.exp(negative_H[:, None] * (step_C + 1))[..., None],
-        keys_MHC1=torch.exp(negative_H[:, None] * to_end_MC[:, None])[..., None],
-        carry_MH11=torch.exp(negative_H * chunks.lengths_M[:, None])[..., None, None],
-    )
+def _running_states(outer: Tensor | None, cut: Cut, q_BTHD: Tensor, v_BTHDv: Tensor) -> Tensor:
+    """`[N, H, D, Dv]` of what enters the runs of `cut`, to be changed: `outer`, or zero."""
+    if outer is not None:
+        return outer.clone(memory_format=torch.contiguous_format)
+    shape = cut.runs, *q_BTHD.shape[2:], v_BTHDv.shape[3]
+    return q_BTHD.new_zeros(shape, dtype=torch.promote_types(q_BTHD.dtype, torch.float32))
 
 
-class _Lightning(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_BTHD: Tensor,
-        k_BTHD: Tensor,
-        v_BTHDv: Tensor,
-        decay_H: Tensor,
-        initial_state_NHDDv: Tensor | None,
-        chunks: Chunks,
-        return_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
-        q, k, v = (chunks.split(x, dtype) for x in (q_BTHD, k_BTHD, v_BTHDv))
-        decays = _decays(decay_H, chunks, dtype)
-        added = _product((k * decays.keys_MHC1).mT, v)
-        entering = _carry(added, decays.carry_MH11, initial_state_NHDDv, chunks.first_N, step=1)
-        final_state = None
-        if return_final_state:
-            final_state = _leave(entering, added, decays.carry_MH11, chunks.last_N)
-        o = _product(q, entering).mul_(decays.queries_HC1)
-        _add_product(o, _product(q, k.mT).mul_(decays.scores_HCC), v)
-        ctx.save_for_backward(q_BTHD, k_BTHD, v_BTHDv, decay_H, entering)
-        ctx.chunks = chunks
-        ctx.has_initial_state = initial_state_NHDDv is not None
-        ctx.set_materialize_grads(False)
-        return chunks.join(o, v_BTHDv.dtype), final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, do_BTHDv: Tensor | None, d_final_state_NHDDv: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        q_BTHD, k_BTHD, v_BTHDv, decay_H, entering = ctx.saved_tensors
-        chunks: Chunks = ctx.chunks
-        if do_BTHDv is None:
-            do_BTHDv = torch.zeros_like(v_BTHDv)
-        q, k, v, do = (chunks.split(x, entering.dtype) for x in (q_BTHD, k_BTHD, v_BTHDv, do_BTHDv))
-        decays = _decays(decay_H, chunks, entering.dtype)
-
-        do_decayed = do * decays.queries_HC1
-        d_entering = _product(q.mT, do_decayed)
-        carry = decays.carry_MH11
-        d_leaving = _carry(d_entering, carry, d_final_state_NHDDv, chunks.last_N, step=-1)
-        d_initial_state = None
-        if ctx.has_initial_state:
-            d_initial_state = _leave(d_leaving, d_entering, carry, chunks.first_N)
-        dq = _product(do_decayed, entering.mT)
-        dk = _product(v, d_leaving.mT).mul_(decays.keys_MHC1)
-        dv = _product(k, d_leaving).mul_(decays.keys_MHC1)
-
-        scores = _product(q, k.mT).mul_(decays.scores_HCC)
-        _add_product(dv, scores.mT, do)
-        d_scores = _product(do, v.mT, out=scores).mul_(decays.scores_HCC)
-        _add_product(dq, d_scores, k)
-        _add_product(dk, d_scores.mT, q)
-        return (
-            chunks.join(dq, q_BTHD.dtype),
-            chunks.join(dk, k_BTHD.dtype),
-            chunks.join(dv, v_BTHDv.dtype),
-            None,
-            d_initial_state,
-            None,
-            None,
-        )
+def _kept_states(cut: Cut, states_NHDDv: Tensor) -> Tensor:
+    return states_NHDDv.new_empty(len(cut.segments), *states_NHDDv.shape[1:])
 
 
-def _carry(
-    added_BMHDDv: Tensor,
-    carry_MH11: Tensor,
-    outer_NHDDv: Tensor | None,
-    starts_N: list[int],
-    step: int,
-) -> Tensor:
-    """Carry the state from chunk to chunk: `[B, M, H, D, Dv]` that enters each chunk.
+class _Scratch:
+    """Memory for the tensors of one segment, by name; the next segment writes over them."""
 
-    `starts_N` are the chunks where a document is entered, with `outer_NHDDv` or zero. The backward
-    enters documents at their end and walks with `step` -1.
-    """
-    entering_BMHDDv = torch.zeros_like(added_BMHDDv)
-    if outer_NHDDv is not None:
-        outer_BNHDDv = outer_NHDDv.unflatten(0, (-1, len(starts_N)))
-        entering_BMHDDv[:, starts_N] = outer_BNHDDv.to(entering_BMHDDv.dtype)
-    added, carry, entering = added_BMHDDv.unbind(1), carry_MH11.unbind(0), entering_BMHDDv.unbind(1)
-    starts = set(starts_N)
-    for m in range(len(added))[::step]:
-        if m not in starts:
-            before = m - step
-            torch.addcmul(added[before], carry[before], entering[before], out=entering[m])
-    return entering_BMHDDv
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._memory: dict[str, Tensor] = {}
+        self._views: dict[tuple[str | int, ...], Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An unwritten tensor of `shape`, in the same memory for every shape of this name."""
+        view = self._views.get((name, *shape))
+        if view is None:
+            elements = math.prod(shape)
+            if name not in self._memory or self._memory[name].numel() < elements:
+                self._memory[name] = self._like.new_empty(elements)
+            view = self._views[name, *shape] = self._memory[name][:elements].view(shape)
+        return view
 
 
-def _leave(
-    entering_BMHDDv: Tensor, added_BMHDDv: Tensor, carry_MH11: Tensor, ends_N: list[int]
-) -> Tensor:
-    """The states `[B*N, H, D, Dv]` that leave the documents at the chunks `ends_N`."""
-    entering, added = (x[:, ends_N] for x in (entering_BMHDDv, added_BMHDDv))
-    return added.addcmul_(carry_MH11[ends_N], entering).flatten(0, 1)
+class _Piece(NamedTuple):
+    """One segment of one group of heads: what every pass does with it."""
+
+    segment: Segment
+    heads: slice
+    decays: Decays
+    scratch: _Scratch
+
+    def of(self, x_BTHD: Tensor) -> Tensor:
+        """This piece of the rows, `[H, M * C, D]`."""
+        return x_BTHD[self.segment.row, self.segment.tokens, self.heads].transpose(0, 1)
+
+    def state(self, states_NHDDv: Tensor) -> Tensor:
+        """The running state `[H, D, Dv]` that goes through this piece, to be changed in place."""
+        return states_NHDDv[self.segment.run, self.heads]
+
+    def kept(self, kept_SHDDv: Tensor) -> Tensor:
+        """The state `[H, D, Dv]` of this piece among those of all segments."""
+        return kept_SHDDv[self.segment.number, self.heads]
+
+    def load(self, name: str, x_BTHD: Tensor, silu: bool) -> Tensor:
+        """This piece of the rows as chunks `[Z, C, D]` in the type of the states."""
+        x_HTD = self.of(x_BTHD)
+        H, _, D = x_HTD.shape
+        x_ZCD = self.scratch(name, H * self.segment.chunks, self.segment.size, D)
+        x_ZCD.view(x_HTD.shape).copy_(x_HTD)
+        return apply_silu(x_ZCD, inplace=True) if silu else x_ZCD
+
+    def store(self, x_ZCD: Tensor, out_BTHD: Tensor) -> None:
+        """The inverse of `load` without `silu`."""
+        out_HTD = self.of(out_BTHD)
+        out_HTD.copy_(x_ZCD.view(out_HTD.shape))
+
+    def store_gradient(self, d_ZCD: Tensor, x_BTHD: Tensor, silu: bool, dx_BTHD: Tensor) -> None:
+        """Write the gradient of what `load` made of `x_BTHD`."""
+        if not silu:
+            return self.store(d_ZCD, dx_BTHD)
+        x_HTD, dx_HTD = self.of(x_BTHD), self.of(dx_BTHD)
+        torch.ops.aten.silu_backward.grad_input(d_ZCD.view(x_HTD.shape), x_HTD, grad_input=dx_HTD)
+
+    def enter(self, k_ZCD: Tensor, v_ZCDv: Tensor, state_HDDv: Tensor) -> tuple[Tensor, Tensor]:
+        """The decayed keys, and the state `[Z, D, Dv]` that enters each chunk.
+
+        `state_HDDv` enters the segment, and becomes the state that leaves it.
+        """
+        k_decayed = self.scratch("decayed k", *k_ZCD.shape)
+        torch.mul(k_ZCD, self.decays.keys_ZC1, out=k_decayed)
+        added_ZDDv = self._added(k_decayed, v_ZCDv)
+        entering_ZDDv = self.scratch("entering", *added_ZDDv.shape)
+        self._carry(state_HDDv, added_ZDDv, entering_ZDDv, self.decays.carry_HMM, 0, -1)
+        return k_decayed, entering_ZDDv
+
+    def leave(self, q_ZCD: Tensor, do_ZCDv: Tensor, d_state_HDDv: Tensor) -> tuple[Tensor, Tensor]:
+        """The decayed output gradients, and the gradient `[Z, D, Dv]` of what leaves each chunk.
+
+        `d_state_HDDv`, of the state that leaves the segment, becomes that of the one that enters.
+        """
+        do_decayed = self.scratch("decayed do", *do_ZCDv.shape)
+        torch.mul(do_ZCDv, self.decays.queries_ZC1, out=do_decayed)
+        added_ZDDv = self._added(q_ZCD, do_decayed)
+        leaving_ZDDv = self.scratch("leaving", *added_ZDDv.shape)
+        self._carry(d_state_HDDv, added_ZDDv, leaving_ZDDv, self.decays.carry_HMM.mT, -1, 0)
+        return do_decayed, leaving_ZDDv
+
+    def scores(self, a_ZCD: Tensor, b_ZCD: Tensor) -> Tensor:
+        """The decayed products `[Z, C, C]` of each token of `a` with those of `b` up to its own."""
+        Z, C, _ = a_ZCD.shape
+        scores_ZCC = torch.bmm(a_ZCD, b_ZCD.mT, out=self.scratch("added", Z, C, C))
+        return scores_ZCC.mul_(self.decays.scores_ZCC)
+
+    def _added(self, a_ZCD: Tensor, b_ZCDv: Tensor) -> Tensor:
+        """What each chunk adds to the state, `[Z, D, Dv]`: sum over its tokens of a b^T."""
+        Z, _, D = a_ZCD.shape
+        return torch.bmm(a_ZCD.mT, b_ZCDv, out=self.scratch("added", Z, D, b_ZCDv.shape[2]))
+
+    def _carry(
+        self,
+        state_HDDv: Tensor,
+        added_ZDDv: Tensor,
+        out_ZDDv: Tensor,
+        carry_HMM: Tensor,
+        first: int,
+        last: int,
+    ) -> None:
+        """Hand on from chunk `first` to `last` what enters with `state_HDDv` and what chunks add.
+
+        Afterwards `out_ZDDv` is what each chunk was handed, `state_HDDv` what the last one hands
+        on, and `added_ZDDv` is used up.
+        """
+        H, M, _ = carry_HMM.shape
+        added, out = (x.view(H, M, -1) for x in (added_ZDDv, out_ZDDv))
+        state, cross_HM1 = state_HDDv.view(H, -1), self.decays.cross_HM1
+        added[:, first].addcmul_(cross_HM1[:, first], state)
+        torch.bmm(carry_HMM, added, out=out)
+        added[:, last].addcmul_(cross_HM1[:, last], out[:, last])
+        out[:, first] = state
+        state.copy_(added[:, last])
 
 
-def _product(a_BMHXY: Tensor, b_BMHYZ: Tensor, out: Tensor | None = None) -> Tensor:
-    if out is None:
-        out = a_BMHXY.new_empty(*a_BMHXY.shape[:-1], b_BMHYZ.shape[-1])
-    torch.bmm(a_BMHXY.flatten(0, 2), b_BMHYZ.flatten(0, 2), out=out.flatten(0, 2))
-    return out
-
-
-def _add_product(total_BMHXZ: Tensor, a_BMHXY: Tensor, b_BMHYZ: Tensor) -> None:
-    total_BMHXZ.flatten(0, 2).baddbmm_(a_BMHXY.flatten(0, 2), b_BMHYZ.flatten(0, 2))
+def _pieces(cut: Cut, decay_H: Tensor, like: Tensor, reverse: bool = False) -> Iterator[_Piece]:
+    """All pieces, those of a group of heads in the order of the tokens or the reverse of it."""
+    scratch = _Scratch(like)
+    for heads in cut.heads:
+        tables: dict[tuple[int, int], Decays] = {}
+        for segment in reversed(cut.segments) if reverse else cut.segments:
+            shape = segment.chunks, segment.size
+            if shape not in tables:
+                tables[shape] = Decays.of(decay_H[heads], *shape, like.dtype)
+            yield _Piece(segment, heads, tables[shape].within(segment.documents), scratch)

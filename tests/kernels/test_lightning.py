@@ -5,14 +5,20 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
-from kernels.lightning import lightning_attention
-from kernels.lightning.portable import LONG_CHUNK, LONG_DOCUMENT, SHORT_CHUNK
+from kernels.lightning import (
+    lightning_attention,
+    lightning_attention_qkv,
+    lightning_state,
+    lightning_state_gradient,
+)
 from tests.kernels.compare import outputs_and_gradients, relative_error
 
 H, D, DV = 4, 8, 6
 # No decay, the slowest of a deep layer, a usual one, and one whose decay over a chunk underflows.
 DECAY = torch.tensor([0.0, 0.004, 0.5, 50.0])
+ALONE = ["o", "dq", "dk", "dv"]
 HEAD = {"o": 2, "final_state": 1, "dq": 2, "dk": 2, "dv": 2, "d_initial_state": 1}
 
 
@@ -55,21 +61,13 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: 
         assert error <= bound, f"{name}: {error:.1e} > {bound:.0e}"
 
 
-LENGTHS = [0, 1, 5, SHORT_CHUNK - 1, SHORT_CHUNK, SHORT_CHUNK + 1, 150]
+LENGTHS = [0, 1, 5, 31, 32, 33, 63, 64, 65, 150]
 
 
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("T", LENGTHS)
 def test_portable_matches_the_recurrence(T: int, state: bool) -> None:
     inputs = make_inputs(2, T, 2, state=state)
-    expected = run(inputs, None, "reference")
-    assert_close(run(inputs, None, "portable"), expected, 1e-12)
-    assert_close(run([x.float() for x in inputs], None, "portable"), expected, 2e-6)
-
-
-def test_long_rows_use_long_chunks() -> None:
-    T = LONG_DOCUMENT + LONG_CHUNK // 2
-    inputs = make_inputs(1, T, 1)
     expected = run(inputs, None, "reference")
     assert_close(run(inputs, None, "portable"), expected, 1e-12)
     assert_close(run([x.float() for x in inputs], None, "portable"), expected, 2e-6)
@@ -227,14 +225,73 @@ def test_output_alone_without_final_state() -> None:
     assert isinstance(o, Tensor) and o.shape == (1, 4, H, DV) and o.is_contiguous()
 
 
-def test_saved_tensors_are_the_inputs_and_one_state_per_chunk() -> None:
-    saved: list[Tensor] = []
-    q, k, v = (x.requires_grad_() for x in make_inputs(1, 4 * SHORT_CHUNK, 1, state=False))
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        lightning_attention(q, k, v, DECAY)
-    inputs = {x.data_ptr() for x in (q, k, v, DECAY)}
-    others = [x for x in saved if x.data_ptr() not in inputs]
-    assert sum(x.numel() for x in others) == 4 * H * D * DV
+@pytest.mark.parametrize("bounds", [None, [0, 30, 30, 75]])
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_silu_inside_is_silu_before(backend: str, bounds: list[int] | None) -> None:
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    inputs = make_inputs(1, 75, 1 if bounds is None else 3)[:3]
+
+    def outside(*qkv: Tensor) -> Tensor:
+        qkv = tuple(silu(x) for x in qkv)
+        return lightning_attention(*qkv, DECAY, cu_seqlens=cu_seqlens, backend="reference")
+
+    def inside(*qkv: Tensor) -> Tensor:
+        return lightning_attention(*qkv, DECAY, cu_seqlens=cu_seqlens, silu=True, backend=backend)
+
+    expected = dict(zip(ALONE, sum(outputs_and_gradients(outside, inputs), []), strict=True))
+    actual = dict(zip(ALONE, sum(outputs_and_gradients(inside, inputs), []), strict=True))
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 30, 30, 75]])
+def test_a_fused_projection_has_one_gradient(bounds: list[int] | None) -> None:
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    # [T, B, H, 3 D] as Megatron keeps it, seen as [B, T, H, 3 D].
+    qkv = torch.randn(75, 1, H, 3 * D, dtype=torch.float64).transpose(0, 1)
+
+    def separate(qkv: Tensor) -> Tensor:
+        return lightning_attention(
+            *qkv.chunk(3, dim=-1), DECAY, cu_seqlens=cu_seqlens, silu=True, backend="reference"
+        )
+
+    def fused(qkv: Tensor) -> Tensor:
+        return lightning_attention_qkv(qkv, DECAY, cu_seqlens=cu_seqlens, silu=True)
+
+    expected, (d_expected,) = outputs_and_gradients(separate, [qkv])
+    actual, (d_actual,) = outputs_and_gradients(fused, [qkv])
+    assert relative_error(actual[0], expected[0], 2) < 1e-12
+    assert relative_error(d_actual, d_expected, 2) < 1e-12
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 40, 75]])
+@pytest.mark.parametrize("with_silu", [False, True])
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_states_and_their_gradients_alone(
+    backend: str, with_silu: bool, bounds: list[int] | None
+) -> None:
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    N = 1 if bounds is None else 4
+    q, k, v, state = make_inputs(1, 75, N)
+    o, final = lightning_attention(
+        q,
+        k,
+        v,
+        DECAY,
+        cu_seqlens=cu_seqlens,
+        initial_state=state.requires_grad_(),
+        return_final_state=True,
+        silu=with_silu,
+        backend="reference",
+    )
+    d_o = torch.randn_like(o)
+    (d_state,) = torch.autograd.grad(o, state, d_o)
+    options = {"cu_seqlens": cu_seqlens, "silu": with_silu, "backend": backend}
+    assert relative_error(lightning_state_gradient(q, d_o, DECAY, **options), d_state, 1) < 1e-12
+    length = torch.tensor([75] if bounds is None else bounds).diff(prepend=torch.tensor([0]))
+    length = length if bounds is None else length[1:]
+    carried = torch.exp(-DECAY.double() * length[:, None])[..., None, None] * state
+    from_zero = final - carried
+    assert relative_error(lightning_state(k, v, DECAY, **options), from_zero, 1) < 1e-12
 
 
 def bad(**changes: object) -> dict[str, object]:
@@ -249,7 +306,8 @@ def int32(*values: int) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "magic"}, "auto, portable, reference, got 'magic'"),
+        ({"backend": "magic"}, "auto, fused, portable, reference, got 'magic'"),
+        ({"backend": "fused", "q": torch.zeros(1, 6, H, D).double()}, "share one floating dtype"),
         ({"q": torch.zeros(6, H, D)}, r"q and k must be \[B, T, H, D\]"),
         ({"k": torch.zeros(1, 6, H, D + 1)}, r"q and k must be \[B, T, H, D\]"),
         ({"v": torch.zeros(1, 5, H, DV)}, r"v \[B, T, H, Dv\]"),
@@ -270,6 +328,17 @@ def int32(*values: int) -> Tensor:
 def test_bad_input(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lightning_attention(**bad(**changes))
+
+
+def test_fused_names_what_it_cannot_do() -> None:
+    q, k, v, _ = make_inputs(1, 6, 1)
+    with pytest.raises(ValueError, match='"fused" does not fit: it takes float16, .*float64'):
+        lightning_attention(q, k, v, DECAY, backend="fused")
+
+
+def test_a_fused_projection_has_three_parts() -> None:
+    with pytest.raises(ValueError, match=r"qkv must be \[B, T, H, 3 D\], got \[1, 2, 4, 8\]"):
+        lightning_attention_qkv(torch.zeros(1, 2, H, 8), DECAY)
 
 
 def test_a_packed_row_has_batch_size_one() -> None:

@@ -1,0 +1,143 @@
+"""One token for each of many sequences, and prefill onto states that exist: inference.
+
+The states of all sequences lie in one pool; a slot number says which row of it is whose. No
+gradients are recorded.
+
+Shapes: S sequences in this step, P slots in the pool, T tokens of a packed prefill, H heads, D key
+width, Dv value width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu as apply_silu
+
+from kernels.lightning import choose_backend, lightning_attention
+
+
+@torch.no_grad()
+def lightning_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    *,
+    silu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The next token of each sequence: `S <- exp(-decay) S + k v^T` in place, `o = q^T S`.
+
+    Args:
+        q, k: `[S, H, D]`, any strides.
+        v: `[S, H, Dv]` of the same dtype.
+        decay: `[H]` float32 slopes.
+        states: `[P, H, D, Dv]` float32 (float64 for float64 q), contiguous, changed in place.
+        slots: `[S]` int32 or int64, which state each sequence has; no two alike. A negative slot
+            is filling: its output is zero and no state is touched.
+        silu: apply SiLU to q, k and v first.
+        backend: as in `lightning_attention`; "reference" is the portable path.
+
+    Returns:
+        `[S, H, Dv]` in v's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit. Slots beyond the pool and
+            slots that repeat are the caller's mistake: looking for them would wait for a device.
+    """
+    _check(q, k, v, decay, states, slots)
+    decode = getattr(choose_backend(backend, q), "decode", _decode)
+    return decode(q, k, v, decay, states, slots, silu)
+
+
+@torch.no_grad()
+def lightning_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    states: Tensor,
+    slots: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    silu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The next tokens of each sequence, any number of them, onto the states in the pool, in place.
+
+    Any split of a sequence into prefills and decode steps gives the output of one call.
+
+    Args:
+        q, k, v: `[1, T, H, D]` and `[1, T, H, Dv]`, the sequences packed into one row.
+        cu_seqlens: `[S+1]` int32 borders of the sequences in the row.
+        slots: `[S]` int64 or int32, none negative, no two alike.
+
+    Other arguments, result (`[1, T, H, Dv]`) and errors are those of `lightning_attention`.
+    """
+    index = slots.long()
+    o, final = lightning_attention(
+        q,
+        k,
+        v,
+        decay,
+        cu_seqlens=cu_seqlens,
+        initial_state=states.index_select(0, index),
+        return_final_state=True,
+        silu=silu,
+        backend=backend,
+    )
+    states.index_copy_(0, index, final)
+    return o
+
+
+def _decode(
+    q_SHD: Tensor,
+    k_SHD: Tensor,
+    v_SHDv: Tensor,
+    decay_H: Tensor,
+    states_PHDDv: Tensor,
+    slots_S: Tensor,
+    silu: bool,
+) -> Tensor:
+    """`lightning_decode` in PyTorch. Filling is left out by index, which waits for a device."""
+    live = (slots_S >= 0).nonzero()[:, 0]
+    index = slots_S.long()[live]
+    q, k, v = (x[live].to(states_PHDDv.dtype) for x in (q_SHD, k_SHD, v_SHDv))
+    if silu:
+        q, k, v = apply_silu(q), apply_silu(k), apply_silu(v)
+    state = states_PHDDv[index] * torch.exp(-decay_H.to(k.dtype))[:, None, None]
+    state.addcmul_(k[..., None], v[..., None, :])
+    states_PHDDv[index] = state
+    o_SHDv = torch.zeros(v_SHDv.shape, dtype=v_SHDv.dtype, device=v_SHDv.device)
+    o_SHDv[live] = (q[..., None, :] @ state)[..., 0, :].to(v_SHDv.dtype)
+    return o_SHDv
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, states: Tensor, slots: Tensor) -> None:
+    if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            "q and k must be [S, H, D] and v [S, H, Dv], got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if decay.shape != q.shape[1:2] or decay.dtype != torch.float32:
+        raise ValueError(
+            f"decay must be float32 of shape [{q.shape[1]}], got {decay.dtype} of shape "
+            f"{list(decay.shape)}"
+        )
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    shape = [*q.shape[1:], v.shape[2]]
+    if list(states.shape[1:]) != shape or states.dtype != dtype or not states.is_contiguous():
+        raise ValueError(
+            f"states must be contiguous {dtype} of shape {['P', *shape]}, got {states.dtype} of "
+            f"shape {list(states.shape)} and strides {list(states.stride())}"
+        )
+    if slots.shape != q.shape[:1] or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"slots must be int32 or int64 of shape [{q.shape[0]}], got {slots.dtype} of shape "
+            f"{list(slots.shape)}"
+        )
+    devices = [x.device for x in (q, k, v, decay, states, slots)]
+    if any(device != devices[0] for device in devices):
+        raise ValueError(f"q, k, v, decay, states and slots must be on one device, got {devices}")
