@@ -1,16 +1,23 @@
 """A packed row: several documents side by side in one row of tokens, each a segment of its own.
 
-T  positions in the row (padding included)
-N  segments in the row: documents, then at most one segment of padding per joined row
+T  positions in the row (padding included), or those of one context-parallel rank
+N  segments in the row: documents, then at most one segment of padding per joined or padded row; in
+   a rank's part of a row, parts of documents
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from parallel.cut import Cut
+from parallel.shard import Shard
+
+_PER_TOKEN = ("tokens", "labels", "loss_mask", "positions", "padding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,10 +28,13 @@ class PackedRow:
     labels      [T] int64, the token to predict at each position (0 where loss_mask is 0)
     loss_mask   [T] float32, 1 where the position counts in the loss
     positions   [T] int64, restarting at 0 in each segment
+    padding     [T] bool, true where there is no token of a document; left out, it is false
     cu_seqlens  [N+1] int32, segment n covers positions cu_seqlens[n] to cu_seqlens[n+1]
     max_seqlen  length of the longest segment
     cu_seqlens_host  the same numbers as `cu_seqlens`, always in host memory, so that code that
                      plans work from segment lengths never waits for the device
+    shard       where this part of a row lies in the whole one; None for a whole row. Positions and
+                labels are those of the whole row.
     """
 
     tokens: Tensor
@@ -34,10 +44,15 @@ class PackedRow:
     cu_seqlens: Tensor
     max_seqlen: int
     cu_seqlens_host: Tensor = None  # type: ignore[assignment]  # filled in from cu_seqlens
+    shard: Shard | None = None
+    padding: Tensor = None  # type: ignore[assignment]  # filled in
 
     def __post_init__(self) -> None:
         if self.cu_seqlens_host is None:
             object.__setattr__(self, "cu_seqlens_host", self.cu_seqlens.cpu())
+        if self.padding is None:
+            none = torch.zeros_like(self.tokens, dtype=torch.bool)
+            object.__setattr__(self, "padding", none)
 
     @classmethod
     def from_documents(
@@ -73,13 +88,42 @@ class PackedRow:
             positions=torch.cat([torch.arange(length) for length in lengths]),
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
             max_seqlen=max(lengths),
+            padding=torch.arange(used + padding) >= used,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
         """The same row with every tensor but `cu_seqlens_host` on `device`."""
-        names = ("tokens", "labels", "loss_mask", "positions", "cu_seqlens")
+        names = (*_PER_TOKEN, "cu_seqlens")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **moved)
+
+    def padded(self, multiple: int) -> PackedRow:
+        """The row with a masked segment at its end that makes T a multiple of `multiple`."""
+        missing = -len(self) % multiple
+        return (
+            concatenate([self, PackedRow.from_documents([], pad_to=missing)]) if missing else self
+        )
+
+    def cut(self, ranks: int, rank: int, kind: str) -> PackedRow:
+        """A context-parallel rank's part of a whole row; `kind` and errors as in `Cut.of`."""
+        cut = Cut.of(self.cu_seqlens_host.tolist(), ranks, kind)
+        bounds = cut.local_bounds(rank)
+        return PackedRow(
+            **{name: cut.take(getattr(self, name), rank) for name in _PER_TOKEN},
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=self.cu_seqlens.device),
+            max_seqlen=max(end - begin for begin, end in pairwise(bounds)),
+            shard=Shard(cut, rank),
+        )
+
+    @property
+    def whole_length(self) -> int:
+        """Positions in the row that this is, or is a part of."""
+        return self.shard.cut.bounds[-1] if self.shard else len(self)
+
+    @property
+    def document_bounds(self) -> Tensor:
+        """`cu_seqlens_host` of the row that this is, or is a part of."""
+        return torch.tensor(self.shard.cut.bounds) if self.shard else self.cu_seqlens_host
 
     def __len__(self) -> int:
         """T, positions in the row."""
@@ -99,10 +143,7 @@ def concatenate(rows: Sequence[PackedRow]) -> PackedRow:
     ends = [row.cu_seqlens_host[1:] + start for row, start in zip(rows, starts, strict=True)]
     cu_seqlens = torch.cat([rows[0].cu_seqlens_host[:1], *ends])
     return PackedRow(
-        tokens=torch.cat([row.tokens for row in rows]),
-        labels=torch.cat([row.labels for row in rows]),
-        loss_mask=torch.cat([row.loss_mask for row in rows]),
-        positions=torch.cat([row.positions for row in rows]),
+        **{name: torch.cat([getattr(row, name) for row in rows]) for name in _PER_TOKEN},
         cu_seqlens=cu_seqlens.to(rows[0].cu_seqlens.device),
         max_seqlen=max(row.max_seqlen for row in rows),
         cu_seqlens_host=cu_seqlens,

@@ -10,12 +10,11 @@ Shapes: T tokens of the packed row, B = 1, C width of the model, H heads on this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from kernels.gated_norm import gated_rms_norm, sum_of_squares
-from kernels.lightning import lightning_attention
+from kernels.lightning import lightning_attention_qkv
 from megatron_m1.model.row_params import RowParams
+from parallel.lasp import Lasp
 
 
 def decay_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
@@ -78,9 +78,9 @@ class AllHeadsNorm(nn.Module):
 
     def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
         """hidden and gate (before its sigmoid) [T, B, H*D] -> [T, B, H*D]."""
-        squares = sum_of_squares(hidden)
-        if self.tp_group.size() > 1:
-            squares = all_reduce(squares, group=self.tp_group)
+        if self.tp_group.size() == 1:
+            return gated_rms_norm(hidden, gate, self.weight, eps=self.eps)
+        squares = all_reduce(sum_of_squares(hidden), group=self.tp_group)
         return gated_rms_norm(hidden, gate, self.weight, squares / self.width, eps=self.eps)
 
     def sharded_state_dict(
@@ -121,6 +121,7 @@ class LightningAttention(MegatronModule):
         super().__init__(config)
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
+        self.cp_group = pg_collection.cp
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * self.head_dim
         self.linear_qkv = self._column(submodules.linear_qkv, 3 * width)
@@ -173,24 +174,37 @@ class LightningAttention(MegatronModule):
     ) -> tuple[Tensor, None]:
         """[T, 1, C] -> ([T, 1, C], no bias); T over tp on each rank with sequence parallelism."""
         qkv, _ = self.linear_qkv(hidden_states)
-        gate, _ = self.linear_gate(hidden_states)
-        cu_seqlens = packed_seq_params.cu_seqlens_host
         if self.recompute_core and self.training:
-            mixed = tensor_parallel.checkpoint(self._core, False, qkv, cu_seqlens)
+            gate, _ = self.linear_gate(hidden_states)
+            mixed = tensor_parallel.checkpoint(
+                lambda qkv: self._begin(qkv, packed_seq_params)(), False, qkv
+            )
         else:
-            mixed = self._core(qkv, cu_seqlens)
+            finish = self._begin(qkv, packed_seq_params)
+            # Between the two, while the states of context-parallel ranks are under way.
+            gate, _ = self.linear_gate(hidden_states)
+            mixed = finish()
         return self.linear_proj(self.norm(mixed, gate))
 
-    def _core(self, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[T, 1, 3*H*D] -> [T, 1, H*D]."""
+    def _begin(self, qkv: Tensor, row: RowParams) -> Callable[[], Tensor]:
+        """Start the attention of [T, 1, 3*H*D]; what is returned finishes it: [T, 1, H*D]."""
         tokens = qkv.shape[0]
-        q_1THD, k_1THD, v_1THD = (
-            F.silu(qkv).view(1, tokens, -1, 3 * self.head_dim).split(self.head_dim, dim=-1)
+        qkv_1THD = qkv.view(1, tokens, -1, 3 * self.head_dim)
+        self.decay = decay = self.decay.to(qkv.device)
+        cu_seqlens = row.cu_seqlens_q
+        if row.shard is None:
+            return lambda: lightning_attention_qkv(
+                qkv_1THD, decay, cu_seqlens=cu_seqlens, silu=True
+            ).view(tokens, 1, -1)
+        lasp = Lasp.begin(
+            qkv_1THD,
+            decay=decay,
+            plan=row.shard.states,
+            group=self.cp_group,
+            cu_seqlens=cu_seqlens,
+            silu=True,
         )
-        mixed = lightning_attention(
-            q_1THD, k_1THD, v_1THD, self.decay.to(qkv.device), cu_seqlens=cu_seqlens
-        )
-        return mixed.view(tokens, 1, -1)
+        return lambda: lasp.finish().view(tokens, 1, -1)
 
     def backward_dw(self) -> None:
         """Delayed weight gradients, which Megatron's overlapped schedules ask every mixer for."""

@@ -9,19 +9,25 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from parallel.packing import PackedRow
+from parallel.shard import Shard
 
 
 @dataclass
 class RowParams(PackedSeqParams):
     """Megatron's packed parameters, with what our attention reads.
 
-    T tokens of the row, N documents; cu_seqlens_q and cu_seqlens_kv are the same [N+1] boundaries.
+    T tokens of the row, or of a context-parallel rank's part of it; N segments: documents, or what
+    lies of them in the part. cu_seqlens_q and cu_seqlens_kv are the same [N+1] boundaries.
     """
 
     positions: Tensor | None = None
-    """[T] int64, from 0 in each document."""
+    """[T] int64, from 0 in each whole document."""
     cu_seqlens_host: Tensor | None = None
     """[N+1] int32 boundaries in host memory: kernels that plan by them do not wait for a device."""
+    padding: Tensor | None = None
+    """[T] bool, true where there is no token of a document."""
+    shard: Shard | None = None
+    """What this rank does with the other parts of the row; None where it has the whole row."""
 
     def __post_init__(self) -> None:
         self._rope: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
@@ -36,6 +42,8 @@ class RowParams(PackedSeqParams):
             max_seqlen_kv=row.max_seqlen,
             positions=row.positions,
             cu_seqlens_host=row.cu_seqlens_host,
+            padding=row.padding,
+            shard=row.shard,
         )
 
     def rope(self, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:

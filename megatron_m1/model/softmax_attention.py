@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.attention import varlen_attention
 from megatron_m1.model.row_params import RowParams
+from parallel.varlen_ring import ring_attention
 
 
 def rotate(heads_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -37,10 +38,18 @@ def rotate(heads_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class VarlenCoreAttention(MegatronModule):
-    """Causal attention inside each document of a packed row, as Megatron's core attention."""
+    """Causal attention inside each document of a packed row, as Megatron's core attention: on this
+    rank where it has the whole row, over the context-parallel group where it has a part."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **unused: Any,
+    ) -> None:
         super().__init__(config)
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -53,7 +62,11 @@ class VarlenCoreAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """query [T, H, D], key and value [T, K, D] -> [T, H*D]."""
-        mixed, _ = varlen_attention(query, key, value, packed_seq_params.cu_seqlens_host)
+        shard = packed_seq_params.shard
+        if shard is None:
+            mixed, _ = varlen_attention(query, key, value, packed_seq_params.cu_seqlens_host)
+        else:
+            mixed = ring_attention(query, key, value, shard.ring, self.cp_group)
         return mixed.flatten(1)
 
 

@@ -28,7 +28,8 @@ def test_sequence_parallelism_follows_tp_unless_told() -> None:
         (Layout(tp=2, pp=3), 8, "tp*cp*pp = 2*1*3 = 6"),
         (Layout(ep=4), 6, "etp*ep*pp = 1*4*1 = 4"),
         (Layout(tp=0), 1, "parallel.tp=0"),
-        (Layout(cp=2), 2, "parallel.cp=2"),
+        (Layout(cp=4, tp=2), 12, "tp*cp*pp = 2*4*1 = 8"),
+        (Layout(cp=2, cp_cut="striped"), 2, "parallel.cp_cut=striped"),
         (Layout(vpp=2), 1, "parallel.vpp=2"),
         (Layout(sequence_parallel=True), 1, "sequence_parallel"),
     ],
@@ -36,6 +37,13 @@ def test_sequence_parallelism_follows_tp_unless_told() -> None:
 def test_problems_name_the_numbers(layout: Layout, world: int, words: str) -> None:
     (problem, *_) = layout.problems(world)
     assert words in problem
+
+
+def test_rows_are_padded_so_that_ranks_hold_equally_many_tokens() -> None:
+    assert Layout(tp=4, cp_cut="zigzag").row_multiple == 4
+    assert Layout(cp=4).row_multiple == 4
+    assert Layout(cp=4, cp_cut="zigzag").row_multiple == 8
+    assert Layout(cp=4, tp=3, cp_cut="zigzag").row_multiple == 24
 
 
 def test_description_shows_every_factor() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallel.layout import CUTS
 from parallel.packing import PackedRow, concatenate
 
 
@@ -73,3 +74,33 @@ def test_to_moves_all_but_the_host_copy():
     assert moved.cu_seqlens.device.type == "meta"
     assert moved.cu_seqlens_host.tolist() == [0, 2, 5]
     assert concatenate([moved, moved]).cu_seqlens_host.tolist() == [0, 2, 5, 7, 10]
+
+
+def test_padding_to_a_multiple_is_a_masked_segment():
+    row = PackedRow.from_documents(documents(3, 2)).padded(4)
+    assert len(row) == 8 and row.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert row.loss_mask[5:].sum() == 0
+    assert row.padded(4) is row
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_the_parts_of_a_cut_row_put_together_are_the_row(kind: str):
+    row = PackedRow.from_documents(documents(1, 9, 2, 1, 7)).padded(8)
+    parts = [row.cut(4, rank, kind) for rank in range(4)]
+    cut = parts[0].shard.cut
+    for name in ("tokens", "labels", "loss_mask", "positions"):
+        joined = cut.join([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(row, name)), name
+    for part in parts:
+        assert len(part) == 6 and part.whole_length == len(row) == 24
+        assert part.document_bounds.tolist() == row.document_bounds.tolist()
+        assert part.cu_seqlens.tolist() == part.shard.ring.bounds == part.shard.states.bounds
+        assert part.cu_seqlens.dtype == part.cu_seqlens_host.dtype == torch.int32
+
+
+def test_a_cut_document_keeps_its_positions_and_labels():
+    row = PackedRow.from_documents(documents(2, 6))
+    part = row.cut(2, 1, "contiguous")
+    assert part.positions.tolist() == [2, 3, 4, 5]
+    assert part.labels.tolist() == [4, 5, 6, 0]
+    assert part.cu_seqlens.tolist() == [0, 4] and part.max_seqlen == 4

@@ -1,0 +1,228 @@
+"""Lightning attention over a packed row that is cut over the ranks of a group.
+
+Each rank computes the states that its cut documents leave at the edges of its pieces, one
+all-gather brings them to all ranks, and each sums up what enters its own pieces:
+
+    S_in = sum over the spans before of exp(-s tokens in between) T_span
+
+in float32 and in the order of the row. The decays are known from lengths and are not sent. Then the
+output pass starts from the right states. The backward is the mirror image, with the gradients that
+the outputs of a span give to the state that entered it.
+
+Source: LASP+ of MiniMax-01 (arXiv 2501.08313, section 3.2). What travels does not grow with T.
+
+Shapes: B = 1, T tokens of the local row, H heads, D head width, N segments of the local row, R
+ranks, S states that a rank gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from kernels.lightning import (
+    lightning_attention,
+    lightning_attention_qkv,
+    lightning_state,
+    lightning_state_gradient,
+)
+from parallel.exchange import all_gather
+from parallel.state_plan import Carry, StatePlan
+
+Entering = dict[int, Tensor]
+"""The state [H, D, D] that enters a segment, for those that one enters."""
+Exchange = Callable[[Carry, Tensor, Tensor, dist.ProcessGroup], Callable[[], Entering]]
+"""From the states [S, H, D, D] that this rank gives and the decay [H], to what enters; the call
+starts the exchange and what it returns ends it."""
+
+
+def gather_states(
+    carry: Carry, given_SHDD: Tensor, decay_H: Tensor, group: dist.ProcessGroup
+) -> Callable[[], Entering]:
+    """LASP+: one all-gather of the states of all ranks, and a decayed prefix sum on each."""
+    flight = all_gather(group, given_SHDD)
+
+    def entering() -> Entering:
+        return prefix_sums(carry, flight.wait(), decay_H.to(given_SHDD.dtype))
+
+    return entering
+
+
+def prefix_sums(carry: Carry, gathered_RSHDD: Tensor, decay_H: Tensor) -> Entering:
+    entering = {}
+    for way in carry.ways:
+        state_HDD = torch.zeros_like(gathered_RSHDD[0, 0])
+        mine = [index for index, hop in enumerate(way) if hop.segment is not None]
+        for index, hop in enumerate(way[: mine[-1] + 1] if mine else []):
+            if hop.segment is not None and index > 0:
+                entering[hop.segment] = state_HDD
+            if hop.slot is not None:
+                kept_H11 = torch.exp(decay_H * -hop.tokens)[:, None, None]
+                given_HDD = gathered_RSHDD[hop.rank, hop.slot]
+                state_HDD = torch.addcmul(given_HDD, kept_H11, state_HDD)
+    return entering
+
+
+class Lasp:
+    """Lightning attention of one cut row, whose states are under way between `begin` and `finish`.
+
+    What is computed in between overlaps with the exchange, in the backward as well: autograd comes
+    to it after `finish`, where the gradients of states depart, and before `begin`, where they are
+    needed.
+    """
+
+    @classmethod
+    def begin(
+        cls,
+        *heads: Tensor,
+        decay: Tensor,
+        plan: StatePlan,
+        group: dist.ProcessGroup,
+        cu_seqlens: Tensor | None = None,
+        silu: bool = False,
+        backend: str = "auto",
+        exchange: Exchange = gather_states,
+    ) -> Lasp:
+        """Compute the states that this rank gives, and send them.
+
+        Args:
+            heads: q, k and v `[1, T, H, D]`, or one `[1, T, H, 3 D]` with those of a head side by
+                side, of this rank's tokens.
+            decay, silu, backend: as in `kernels.lightning.lightning_attention`.
+            plan: for this rank of `group`, of the cut by which the tokens were taken.
+            cu_seqlens: the plan's bounds `[N+1]` int32, where they lie on the device already.
+            exchange: how states reach other ranks.
+        """
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor(plan.bounds, dtype=torch.int32)
+        options = {"silu": silu, "backend": backend}
+        return cls(heads, decay, plan, group, cu_seqlens, exchange, options)
+
+    def __init__(
+        self,
+        heads: tuple[Tensor, ...],
+        decay: Tensor,
+        plan: StatePlan,
+        group: dist.ProcessGroup,
+        cu_seqlens: Tensor,
+        exchange: Exchange,
+        options: dict[str, Any],
+    ) -> None:
+        self._decay, self._plan, self._group = decay, plan, group
+        self._cu_seqlens, self._exchange, self._options = cu_seqlens, exchange, options
+        self._differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
+        self._heads = heads
+        if plan.forward.slots:
+            self._stand_in = _Begin.apply(self, *heads)
+
+    def finish(self) -> Tensor:
+        """The output `[1, T, H, D]`. Gradients reach the heads of all ranks. Call it once."""
+        if not self._plan.forward.slots:
+            return self._attend(self._heads, None, False)
+        stand_in, self._stand_in = self._stand_in, None
+        return _Finish.apply(self, stand_in)
+
+    def _send_states(self) -> None:
+        _, k, v = _views(self._heads)
+        self._send(self._plan.forward, k, v, lightning_state)
+
+    def _outputs(self) -> Tensor:
+        initial_state = self._arrived()
+        needs_final = self._differentiated and bool(self._plan.forward.given)
+        with torch.set_grad_enabled(self._differentiated):
+            heads = tuple(x.detach().requires_grad_(self._differentiated) for x in self._heads)
+            result = self._attend(heads, initial_state, needs_final)
+        results = result if needs_final else (result,)
+        if self._differentiated:
+            # Edges, not tensors: the final states themselves are of no further use.
+            self._heads, self._edges = heads, [get_gradient_edge(x) for x in results]
+        return results[0].detach()
+
+    def _send_state_gradients(self, d_o: Tensor) -> None:
+        q, _, _ = _views(self._heads)
+        self._send(self._plan.backward, q.detach(), d_o, lightning_state_gradient)
+
+    def _gradients(self, d_o: Tensor) -> tuple[Tensor, ...]:
+        d_results = [d_o, self._arrived()]
+        (edges, heads), self._edges, self._heads = (self._edges, self._heads), [], ()
+        return torch.autograd.grad(edges, heads, d_results[: len(edges)])
+
+    def _attend(
+        self, heads: tuple[Tensor, ...], initial_state: Tensor | None, return_final_state: bool
+    ) -> Any:
+        attend: Callable[..., Any] = (
+            lightning_attention_qkv if len(heads) == 1 else lightning_attention
+        )
+        return attend(
+            *heads,
+            self._decay,
+            cu_seqlens=self._cu_seqlens,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            **self._options,
+        )
+
+    def _send(self, carry: Carry, a: Tensor, b: Tensor, state_of: Callable[..., Tensor]) -> None:
+        """Start the exchange of the states that `state_of` makes from two rows of heads."""
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        given_SHDD = a.new_zeros(carry.slots, *a.shape[2:], b.shape[3], dtype=dtype)
+        for slot, segment in enumerate(carry.given):
+            tokens = self._plan.segment(segment)
+            state_1HDD = state_of(a[:, tokens], b[:, tokens], self._decay, **self._options)
+            given_SHDD[slot] = state_1HDD[0]
+        self._entering = self._exchange(carry, given_SHDD, self._decay, self._group)
+
+    def _arrived(self) -> Tensor | None:
+        """`[N, H, D, D]`, zero for segments that nothing enters; None where nothing enters any."""
+        entering = self._entering()
+        del self._entering  # it holds the states of all ranks
+        if not entering:
+            return None
+        first = next(iter(entering.values()))
+        states_NHDD = first.new_zeros(len(self._plan.bounds) - 1, *first.shape)
+        for segment, state_HDD in entering.items():
+            states_NHDD[segment] = state_HDD
+        return states_NHDD
+
+
+class _Begin(torch.autograd.Function):
+    """The states depart; in the backward, all gradients are computed here."""
+
+    @staticmethod
+    def forward(ctx: Any, lasp: Lasp, *heads: Tensor) -> Tensor:
+        ctx.lasp = lasp
+        lasp._send_states()
+        _, _, v = _views(heads)
+        # Stands for the output, whose gradient arrives through it.
+        return v.new_empty(()).expand(v.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.lasp._gradients(d_o)
+
+
+class _Finish(torch.autograd.Function):
+    """The states arrive; in the backward, their gradients depart."""
+
+    @staticmethod
+    def forward(ctx: Any, lasp: Lasp, stand_in: Tensor) -> Tensor:
+        ctx.lasp = lasp
+        return lasp._outputs()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[None, Tensor]:
+        ctx.lasp._send_state_gradients(d_o)
+        return None, d_o
+
+
+def _views(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """q, k and v [1, T, H, D]."""
+    return heads[0].chunk(3, dim=-1) if len(heads) == 1 else heads
