@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_m1.config import OptimConfig
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.init import initialize
-from megatron_m1.model.lm_head import Float32LMHead
+from megatron_m1.model.lm_head import LMHead
 from megatron_m1.model.parameters import mark_parallel
 from megatron_m1.model.row_params import RowParams
 from megatron_m1.model.spec import block_spec
@@ -25,7 +25,7 @@ from parallel.packing import PackedRow
 
 
 class MiniMaxM1(GPTModel):
-    """Megatron's GPT with the hybrid block and the FP32 head, called with a packed row."""
+    """Megatron's GPT with the hybrid block and our head, called with a packed row."""
 
     def __init__(
         self,
@@ -48,11 +48,12 @@ class MiniMaxM1(GPTModel):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        if post_process and model.fp32_lm_head:
-            self.output_layer = Float32LMHead(
+        if post_process:
+            self.output_layer = LMHead(
                 config.hidden_size,
                 model.vocab_size,
                 config=config,
+                in_fp32=model.fp32_lm_head,
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,
@@ -60,21 +61,61 @@ class MiniMaxM1(GPTModel):
                 tp_group=groups.tp,
             )
 
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        with_entropy: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Megatron's arguments; what comes back is ``forward_row``'s and ``sum_of_losses``'s."""
+        hidden = super().forward(*args, **kwargs)
+        if not self.post_process:
+            return hidden
+        output, _ = self.output_layer(
+            hidden, labels=labels, loss_mask=loss_mask, with_entropy=with_entropy
+        )
+        return output if labels is not None else output.transpose(0, 1).contiguous()
 
-def forward_row(chunk: nn.Module, row: PackedRow, with_loss: bool = True) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """Megatron would make logits of them here."""
+        return hidden_states
+
+
+def forward_row(
+    chunk: nn.Module, row: PackedRow, with_loss: bool = True, with_entropy: bool = False
+) -> Tensor:
     """Run one packed row through a model chunk.
 
     Returns:
-        On the last pipeline stage the loss of each token [1, T] float32, or without ``with_loss``
-        the logits [1, T, V / tp]; on other stages the hidden states [T, 1, C] (over tp with
-        sequence parallelism).
+        On the last pipeline stage the loss of each token [1, T] float32, which is minus its
+        log-probability; ``with_entropy`` the losses and the entropy in nats [2, T]; without
+        ``with_loss`` the logits [1, T, V / tp]. On other stages the hidden states [T, 1, C] (over
+        tp with sequence parallelism).
     """
+    labels = row.labels if with_loss else None
+    return _run(chunk, row, labels=labels, with_entropy=with_entropy)
+
+
+def sum_of_losses(chunk: nn.Module, row: PackedRow) -> Tensor:
+    """Run one packed row through a model chunk, to train on it.
+
+    Returns:
+        On the last pipeline stage the sum over the row's trained tokens of their losses, a float32
+        scalar whose backward may run once, and costs less than that of ``forward_row``; on other
+        stages the hidden states.
+    """
+    return _run(chunk, row, labels=row.labels, loss_mask=row.loss_mask)
+
+
+def _run(chunk: nn.Module, row: PackedRow, **head: Any) -> Tensor:
     return chunk(
         input_ids=row.tokens[None],
         position_ids=None,
         attention_mask=None,
-        labels=row.labels[None] if with_loss else None,
         packed_seq_params=RowParams.of(row),
+        **head,
     )
 
 

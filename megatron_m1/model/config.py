@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 LIGHTNING, SOFTMAX = "L", "S"
 INIT_METHODS = ("xavier_normal", "truncated_normal")
 DROP_POLICIES = ("probs", "position")
+CAPACITY_SCOPES = ("rank", "micro_batch", "ep")
 
 
 @dataclass
@@ -40,7 +41,12 @@ class ModelConfig:
         aux_loss_coef: weight of the load-balancing loss in Megatron's scale, where a balanced
             router has loss 1; 0 for none. The paper's 0.01 is in another scale that it does not
             fix.
+        z_loss_coef: weight of the mean squared log-sum-exp of the router's logits; 0 for none.
         capacity_factor: tokens an expert takes, in units of its fair share; None drops none.
+        drop_policy: whose tokens an expert takes first: the most probable, or the first in the row.
+        capacity_scope: whose tokens share the capacity: each rank's its own, those of the
+            micro-batch over all ranks (the same drops in every layout), or those of all ranks that
+            exchange tokens (etp x ep), which is the global router of MiniMax-01.
     """
 
     name: str = "tiny"
@@ -61,8 +67,10 @@ class ModelConfig:
     deepnorm_alpha: float | None = None
     deepnorm_beta: float = 1.0
     aux_loss_coef: float = 1e-3
+    z_loss_coef: float = 0.0
     capacity_factor: float | None = None
     drop_policy: str = "probs"
+    capacity_scope: str = "ep"
     fp32_lm_head: bool = True
     init: InitConfig = field(default_factory=InitConfig)
 
@@ -109,21 +117,52 @@ class ModelConfig:
         layers = sum(self.layer_params(kind, self.router_topk) for kind in self.layer_kinds)
         return layers + self.hidden_size
 
-    def flops_per_token(self, mean_length: float) -> float:
-        """Floating-point operations of one training step (forward and backward) for one token.
+    def layer_flops(self, kind: str, keys: float) -> dict[str, float]:
+        """Floating-point operations of one token going forward through one layer, by its pieces.
 
-        Every weight of a matrix product costs 2 forward and 4 backward. Causal softmax attention
-        over documents of ``mean_length`` tokens (weighted by tokens) adds 2 * 2 * inner *
-        length / 2 forward per layer; lightning attention adds its state update and read, 2 * 2 *
-        inner * head_dim. Recomputation is not counted, as in MFU (arXiv 2204.02311, appendix B).
+        A weight of a matrix product costs 2. In softmax attention a key that a query sees costs 2
+        for each of the head's dimensions, and its value as much; lightning attention costs the
+        update and the reading of its state, 2 D^2 a head each. What has no matrix product (norms,
+        activations, rotation, softmax) is not counted.
+
+        Args:
+            keys: how many tokens the query sees, itself included.
         """
         inner = self.num_attention_heads * self.head_dim
-        softmax_layers = self.layer_kinds.count(SOFTMAX)
-        lightning_layers = self.num_layers - softmax_layers
-        weights = 2.0 * (self.active_params() + self.vocab_size * self.hidden_size)
-        softmax = softmax_layers * 2.0 * inner * mean_length
-        lightning = lightning_layers * 4.0 * inner * self.head_dim
-        return 3.0 * (weights + softmax + lightning)
+        is_lightning = kind == LIGHTNING
+        groups = self.num_query_groups * self.head_dim
+        projections = 5 * inner if is_lightning else 2 * (inner + groups)
+        return {
+            "projections": 2.0 * self.hidden_size * projections,
+            "attention": 4.0 * inner * (self.head_dim if is_lightning else keys),
+            "router": 2.0 * self.router_params(),
+            "experts": 2.0 * self.router_topk * self.expert_params(),
+        }
+
+    def forward_flops(self, keys: float) -> dict[str, float]:
+        """Those of the whole model, by its pieces."""
+        lightning, softmax = (
+            {piece: self.layer_kinds.count(kind) * flops for piece, flops in found.items()}
+            for kind in (LIGHTNING, SOFTMAX)
+            for found in [self.layer_flops(kind, keys)]
+        )
+        return {
+            "lightning projections": lightning["projections"],
+            "lightning attention": lightning["attention"],
+            "softmax projections": softmax["projections"],
+            "softmax attention": softmax["attention"],
+            "router": lightning["router"] + softmax["router"],
+            "experts": lightning["experts"] + softmax["experts"],
+            "head": 2.0 * self.vocab_size * self.hidden_size,
+        }
+
+    def flops_per_token(self, mean_length: float) -> float:
+        """Floating-point operations of one training step for one token: the backward pass costs
+        twice the forward, and over causal documents of ``mean_length`` tokens (weighted by tokens)
+        a token sees half of them. Recomputation is not counted, as in MFU (arXiv 2204.02311,
+        appendix B).
+        """
+        return 3.0 * sum(self.forward_flops(mean_length / 2).values())
 
     def problems(self) -> list[str]:
         """What is wrong with the sizes themselves, one sentence each."""
@@ -153,7 +192,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 found.append(f"model.{name}={value} must be positive")
-        for name, value in (("aux_loss_coef", self.aux_loss_coef), ("init.std", self.init.std)):
+        for name, value in (
+            ("aux_loss_coef", self.aux_loss_coef),
+            ("z_loss_coef", self.z_loss_coef),
+            ("init.std", self.init.std),
+        ):
             if value < 0:
                 found.append(f"model.{name}={value} must not be negative")
         if self.router_topk > self.num_experts:
@@ -164,6 +207,7 @@ class ModelConfig:
         for key, value, choices in (
             ("init.method", self.init.method, INIT_METHODS),
             ("drop_policy", self.drop_policy, DROP_POLICIES),
+            ("capacity_scope", self.capacity_scope, CAPACITY_SCOPES),
         ):
             if value not in choices:
                 found.append(f"model.{key}={value} is not one of {', '.join(choices)}")

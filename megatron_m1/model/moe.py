@@ -1,28 +1,26 @@
-"""The mixture of experts: Megatron's layer with an FP32 router that counts what it sends."""
+"""The mixture of experts: Megatron's layer with our router, experts and overlapped exchange."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_m1.model.experts import Experts
-from megatron_m1.model.float32 import KeepFloat32
+from megatron_m1.model.router import Float32Router
+from parallel.experts import ExpertGroups, exchange_and_compute
 from parallel.host import has_accelerator
 
 try:
@@ -39,80 +37,12 @@ def spec_provider() -> Any:
     return TESpecProvider() if HAVE_TE else LocalSpecProvider()
 
 
-class Float32Router(KeepFloat32, TopKRouter):
-    """Top-k router with FP32 weights (as MiniMax stores them), logits and probabilities.
-
-    Attributes:
-        routed: [E] float32, tokens sent to each expert since the last ``take_counts``.
-        offered: assignments before any token was dropped, since then.
-        sums_weight_gradient: sum the weight's gradient over the tensor-parallel group, each rank of
-            which routes other tokens. Megatron does it where sequence parallelism is on.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
-    ) -> None:
-        config = copy.copy(config)
-        config.params_dtype = torch.float32
-        super().__init__(config, pg_collection=pg_collection)
-        self.capacity_factor = config.moe_expert_capacity_factor
-        self.routed: Tensor | None = None
-        self.offered = 0
-        self.sums_weight_gradient = False
-
-    def gating(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if self.sums_weight_gradient:
-            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return F.linear(input.float(), weight)
-
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # Capacity is a means of training; elsewhere no token misses an expert for its neighbours.
-        self.config.moe_expert_capacity_factor = self.capacity_factor if self.training else None
-        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
-        if self.training and torch.is_grad_enabled():
-            # With recomputation the first forward runs without gradients: count once.
-            sent = routing_map.sum(dim=0, dtype=torch.float32)
-            self.routed = sent if self.routed is None else self.routed + sent
-            self.offered += routing_map.shape[0] * self.topk
-        return probs, routing_map
-
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: Tensor,
-        aux_loss_coeff: float,
-        aux_loss: Tensor,
-        aux_loss_name: str,
-        reduce_group: torch.distributed.ProcessGroup,
-        reduce_group_has_dp: bool = False,
-        valid_token_count: int | Tensor | None = None,
-    ) -> Tensor:
-        """Megatron weighs each rank's share of the loss with that rank's tokens; the shares add up
-        to the loss of all tokens of the group, so each must count for all of them. Without this the
-        balancing gradient shrinks as tensor parallelism grows (Megatron-LM issues 1652, 3672)."""
-        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        return super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff,
-            aux_loss,
-            aux_loss_name,
-            reduce_group,
-            reduce_group_has_dp,
-            valid_token_count=tokens * reduce_group.size(),
-        )
-
-    def take_counts(self) -> tuple[Tensor, int]:
-        """(``routed``, ``offered``), both then start again from zero."""
-        routed, offered = self.routed, self.offered
-        self.routed, self.offered = None, 0
-        if routed is None:
-            routed = torch.zeros(self.num_experts, device=self.weight.device)
-        return routed, offered
-
-
 class MoE(MoELayer):
     """Megatron's MoE layer, which needs each tensor-parallel rank to bring its own tokens. Sequence
-    parallelism does that; without it the tokens are scattered here and gathered again."""
+    parallelism does that; without it the tokens are scattered here and gathered again.
+
+    With ``moe_overlap_groups`` above 1 the exchange of tokens is ours (``parallel/experts.py``).
+    """
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
@@ -125,13 +55,15 @@ class MoE(MoELayer):
         if scatters:
             config = copy.copy(config)
             config.sequence_parallel = True
+        groups = pg_collection or get_default_pg_collection()
         super().__init__(
             config,
             MoESubmodules(
                 experts=ModuleSpec(module=experts, submodules=expert_linears), router=Float32Router
             ),
-            pg_collection=pg_collection or get_default_pg_collection(),
+            pg_collection=groups,
         )
+        self.expert_groups = ExpertGroups(groups.ep, groups.expt_tp, groups.tp_ep)
         self.scatters = scatters
         self.router.sums_weight_gradient = scatters
 
@@ -141,14 +73,51 @@ class MoE(MoELayer):
         intermediate_tensors: Any = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """[T, 1, C] -> ([T, 1, C], no bias)."""
+        """[T, 1, C] -> ([T, 1, C], no bias), where sequence parallelism leaves a rank T / tp.
+
+        Args:
+            padding_mask: T bools of the whole row, true for padding.
+        """
+        padding = self.own_part(padding_mask)
         if not self.scatters:
-            return super().forward(hidden_states, padding_mask=padding_mask)
+            return self._forward(hidden_states, padding), None
         local = scatter_to_sequence_parallel_region(hidden_states, group=self.attn_tp_group)
-        output, _ = super().forward(local, padding_mask=padding_mask)
+        output = self._forward(local, padding)
         return (
             gather_from_sequence_parallel_region(
                 output, tensor_parallel_output_grad=False, group=self.attn_tp_group
             ),
             None,
         )
+
+    def own_part(self, padding_mask: Tensor | None) -> Tensor | None:
+        """Of the tokens that this tensor-parallel rank routes, [1, T / tp]."""
+        if padding_mask is None:
+            return None
+        group = self.attn_tp_group
+        return padding_mask.view(1, -1).chunk(group.size(), dim=1)[group.rank()]
+
+    def _forward(self, hidden_T1C: Tensor, padding_1T: Tensor | None) -> Tensor:
+        if self.config.moe_overlap_groups == 1:
+            output, _ = super().forward(hidden_T1C, padding_mask=padding_1T)
+            return output
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(self._overlapped, False, hidden_T1C, padding_1T)
+        return self._overlapped(hidden_T1C, padding_1T)
+
+    def _overlapped(self, hidden_T1C: Tensor, padding_1T: Tensor | None) -> Tensor:
+        probs_TE, routing_TE = self.route(hidden_T1C, padding_1T)
+
+        def experts(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+            output, _ = self.experts(rows, tokens_per_expert, probs)
+            return output
+
+        output_TC = exchange_and_compute(
+            hidden_T1C.flatten(end_dim=1),
+            probs_TE,
+            routing_TE,
+            experts,
+            self.expert_groups,
+            self.config.moe_overlap_groups,
+        )
+        return output_TC.view_as(hidden_T1C)

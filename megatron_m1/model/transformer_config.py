@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_m1.config import TrainConfig
+from megatron_m1.errors import ConfigError
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.moe import HAVE_TE
 from parallel.host import has_accelerator
@@ -17,9 +20,22 @@ from parallel.layout import Layout
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@dataclass
+class M1TransformerConfig(TransformerConfig):
+    """Megatron's configuration and what our modules read beside it.
+
+    Attributes:
+        moe_capacity_scope: ``ModelConfig.capacity_scope``.
+        moe_overlap_groups: ``Layout.moe_overlap_groups``.
+    """
+
+    moe_capacity_scope: str = "ep"
+    moe_overlap_groups: int = 1
+
+
 def transformer_config(
     model: ModelConfig, layout: Layout, train: TrainConfig | None = None, precision: str = "fp32"
-) -> TransformerConfig:
+) -> M1TransformerConfig:
     """Megatron's configuration of the model.
 
     Args:
@@ -27,7 +43,7 @@ def transformer_config(
         precision: fp32 or bf16, of weights and activations.
     """
     dtype = PRECISION[precision]
-    return TransformerConfig(
+    return M1TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -41,16 +57,6 @@ def transformer_config(
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        num_moe_experts=model.num_experts,
-        moe_ffn_hidden_size=model.ffn_hidden_size,
-        moe_router_topk=model.router_topk,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=model.aux_loss_coef,
-        moe_expert_capacity_factor=model.capacity_factor,
-        moe_token_drop_policy=model.drop_policy,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=HAVE_TE,
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -70,9 +76,50 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_experts(model, layout, train),
         **_degrees(layout),
         **_recomputation(train),
     )
+
+
+def _experts(model: ModelConfig, layout: Layout, train: TrainConfig | None) -> dict[str, Any]:
+    overlap = layout.overlap_moe_expert_parallel_comm and train is not None
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.router_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": model.aux_loss_coef,
+        "moe_z_loss_coeff": model.z_loss_coef or None,
+        "moe_expert_capacity_factor": model.capacity_factor,
+        "moe_token_drop_policy": model.drop_policy,
+        "moe_capacity_scope": model.capacity_scope,
+        "moe_token_dispatcher_type": _dispatcher(layout),
+        "moe_flex_dispatcher_backend": "deepep",
+        "moe_overlap_groups": layout.moe_overlap_groups,
+        "overlap_moe_expert_parallel_comm": overlap,
+        "moe_grouped_gemm": HAVE_TE,
+    }
+
+
+def _dispatcher(layout: Layout) -> str:
+    """Megatron's name of what carries tokens to their experts.
+
+    Raises:
+        ConfigError: its package is not there.
+    """
+    if layout.moe_dispatcher == "alltoall":
+        return "alltoall"
+    missing = []
+    if not HAVE_DEEP_EP:
+        missing.append("the package deep_ep (DeepEP)")
+    if not has_accelerator():
+        missing.append("a CUDA device")
+    if missing:
+        needs = f"parallel.moe_dispatcher=deepep needs {' and '.join(missing)}"
+        raise ConfigError([f"{needs}: use parallel.moe_dispatcher=alltoall where there is none"])
+    return "flex"
 
 
 def _degrees(layout: Layout) -> dict[str, Any]:

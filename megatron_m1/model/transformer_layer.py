@@ -16,6 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_m1.model.row_params import RowParams
+
 
 class ScaledResidual:
     """alpha * residual + beta * branch, in the shape that Megatron builds and calls a
@@ -40,9 +42,18 @@ class DeepNormLayer(TransformerLayer):
 
     Megatron-core 0.16.1 takes the residual before the norm and has no hook for another; its main
     branch has, and makes these two methods superfluous. ``overlap_moe_expert_parallel_comm`` calls
-    around ``_forward_mlp`` and would train a pre-norm model, so ``transformer_config`` never sets
-    it.
+    around ``_forward_mlp``; ``schedule_plan`` has its counterpart.
     """
+
+    def init_backward_dw_wrapper(self) -> None:
+        """Weight gradients that wait for their turn (``delay_wgrad_compute``) are not used."""
+        self.backward_dw_wrapper = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Megatron's, with the row's padding for the router. Megatron's own argument for it does
+        not reach later pipeline stages in the right shape."""
+        row: RowParams | None = kwargs.get("packed_seq_params")
+        return super().forward(*args, **{**kwargs, "padding_mask": row and row.padding})
 
     def _forward_attention(
         self,
