@@ -1,0 +1,94 @@
+"""How long decoding takes: the weights, states and keys that a step must read, or its operations.
+
+A group of GPUs holds one copy of the weights, divided equally (heads, experts and vocabulary), and
+decodes a batch of sequences together. The group is the fewest nodes, a power of two of them, that
+hold weights and one sequence; the state of training is meant to be elsewhere meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_m1.errors import ConfigError
+from megatron_m1.model.config import ModelConfig
+from megatron_m1.planning import flops
+from megatron_m1.planning.communication import Group
+from megatron_m1.planning.config import Plan
+from megatron_m1.planning.memory import GIB
+from megatron_m1.planning.state import kv_elements, lightning_state_bytes, state_bytes
+
+_BF16, _FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch that a group of GPUs decodes together.
+
+    Attributes:
+        gpus: of the group.
+        sequences: that fit at their full length.
+        step_seconds: for one more token of each of the batch, at the mean length.
+    """
+
+    gpus: int
+    sequences: int
+    batch: int
+    step_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.step_seconds
+
+
+def rollout(model: ModelConfig, plan: Plan, wanted: int, prompt: int, response: int) -> Rollout:
+    """Decoding of ``wanted`` sequences, as many at a time as fit.
+
+    Raises:
+        ConfigError: the cluster is too small for the weights and one sequence.
+    """
+    gpus, free = _group(model, plan, prompt + response)
+    fit = int(free / state_bytes(model, prompt + response))
+    # As many rounds as needed, all of one size.
+    batch = math.ceil(wanted / math.ceil(wanted / fit))
+    seconds = decode_seconds(model, plan, gpus, batch, prompt + response // 2)
+    return Rollout(gpus, fit, batch, seconds)
+
+
+def decode_seconds(model: ModelConfig, plan: Plan, gpus: int, batch: int, context: int) -> float:
+    """One step: memory or products, whichever is longer, and two all-reduces a layer."""
+    hit = 1 - (1 - model.router_topk / model.num_experts) ** batch
+    experts = model.num_layers * model.num_experts * model.expert_params()
+    read = _weight_bytes(model) - (1 - hit) * _BF16 * experts
+    # The states are written again; of the embedding only some rows are read.
+    read += batch * (state_bytes(model, context) + lightning_state_bytes(model))
+    read -= _BF16 * model.vocab_size * model.hidden_size
+    bandwidth = gpus * plan.hbm_tb_per_s * 1e12 * plan.efficiency.memory
+    products = batch * sum(flops.decode(model, context).values())
+    peak = gpus * plan.bf16_tflops * 1e12 * plan.efficiency.matmul
+    reduced = Group(gpus, 1).ring(plan, batch * model.hidden_size * _BF16)
+    return max(read / bandwidth, products / peak) + 4 * model.num_layers * reduced
+
+
+def _weight_bytes(model: ModelConfig) -> float:
+    head = model.vocab_size * model.hidden_size * model.fp32_lm_head
+    return _BF16 * model.num_params() + (_FP32 - _BF16) * head
+
+
+def _group(model: ModelConfig, plan: Plan, length: int) -> tuple[int, float]:
+    """(GPUs of a group, bytes that it has for sequences)."""
+    nodes = 1
+    while nodes <= plan.nodes:
+        gpus = nodes * plan.gpus_per_node
+        free = gpus * (plan.gpu_memory_gb - plan.reserved_gb) * GIB - _weight_bytes(model)
+        if free >= state_bytes(model, length):
+            return gpus, free
+        nodes *= 2
+    raise ConfigError(
+        [
+            f"plan.nodes={plan.nodes} are too few to generate: the weights take "
+            f"{_weight_bytes(model) / GIB:.0f} GiB and a sequence of {length} tokens "
+            f"{state_bytes(model, length) / GIB:.1f} GiB "
+            f"({kv_elements(model)} numbers a token and the lightning states)"
+        ]
+    )
