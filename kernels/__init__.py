@@ -1,1 +1,1 @@
-"""Tensor maths on one device: torch, and Triton and FlashAttention where there; no process group."""
+"""Tensor maths on one device: torch, Triton and FlashAttention where there; no process group."""

@@ -122,14 +122,25 @@ class CheckpointConfig:
         load: start from this checkpoint, or from the latest in a folder of checkpoints or of a
             run. Where ``dir`` holds a checkpoint the run goes on from that, as a restarted job
             must; only a step folder within ``dir`` goes before its latest.
+        verify: what is compared with the manifest before a checkpoint is loaded: full (sizes and
+            hashes) or sizes.
         every: steps between checkpoints; 0 saves at the end only.
         save_at_end: save when training ends.
+        async_save: train on while the state, copied to the host, is written.
+        on_error: when a checkpoint cannot be written: stop, or continue. The last one always stops.
+        keep: how many of the newest checkpoints stay; null keeps all.
+        keep_every: checkpoints of steps that this divides stay too.
     """
 
     dir: str | None = None
     load: str | None = None
+    verify: str = "full"
     every: int = 0
     save_at_end: bool = True
+    async_save: bool = True
+    on_error: str = "stop"
+    keep: int | None = None
+    keep_every: int | None = None
 
 
 @dataclass
@@ -176,9 +187,15 @@ class RunConfig:
 
 @dataclass
 class LoadConfig:
-    """The checkpoint to read: a step's folder, a folder of checkpoints, or a run's folder."""
+    """The checkpoint to read.
+
+    Attributes:
+        load: a step's folder, a folder of checkpoints, or a run's folder.
+        verify: what is compared with the manifest before: full (sizes and hashes) or sizes.
+    """
 
     load: str | None = None
+    verify: str = "full"
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_m1.config import (
     GenerateConfig,
+    LoadConfig,
     LrPhase,
     OptimConfig,
     RunConfig,
@@ -28,6 +29,8 @@ RECOMPUTE = ("none", "selective", "full")
 RECOMPUTE_MODULES = ("core_attn", "moe")
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 CORPORA = ("stdlib", "indexed")
+VERIFY = ("full", "sizes")
+ON_ERROR = ("stop", "continue")
 
 _AT_LEAST_ONE = ("train.global_batch", "train.micro_batch", "train.seq_length", "data.corpus_bytes")
 _NOT_NEGATIVE = (
@@ -54,6 +57,7 @@ def run_problems(config: RunConfig, world_size: int) -> list[str]:
     if not unfit:
         found += _batch_problems(config.train, layout, layout.data_parallel(world_size))
     found += [*_optim_problems(config.optim), *_bounds(config), *_choices(config)]
+    found += _exchange_problems(layout, config.train)
     if config.train.precision == "bf16" and not config.optim.distributed:
         found.append(
             "optim.distributed=false needs train.precision=fp32: Megatron-core cannot save the "
@@ -64,7 +68,7 @@ def run_problems(config: RunConfig, world_size: int) -> list[str]:
 
 def generate_problems(config: GenerateConfig) -> list[str]:
     """What is wrong with a request for text, before its checkpoint is read."""
-    found = _inference_problems(config.parallel, config.checkpoint.load, config.precision)
+    found = _inference_problems(config.parallel, config.checkpoint, config.precision)
     if config.max_new_tokens < 1:
         found.append(f"max_new_tokens={config.max_new_tokens} must be at least 1")
     if config.temperature < 0:
@@ -76,7 +80,7 @@ def generate_problems(config: GenerateConfig) -> list[str]:
 
 def score_problems(config: ScoreConfig) -> list[str]:
     """What is wrong with a request for scores, before its checkpoint is read."""
-    found = _inference_problems(config.parallel, config.checkpoint.load, config.precision)
+    found = _inference_problems(config.parallel, config.checkpoint, config.precision)
     if not config.tokens.endswith((".npy", ".jsonl")):
         found.append(f"tokens={config.tokens or 'null'}: give tokens=FILE.npy or tokens=FILE.jsonl")
     if not config.out.endswith(".npy"):
@@ -86,12 +90,15 @@ def score_problems(config: ScoreConfig) -> list[str]:
     return found
 
 
-def _inference_problems(layout: Layout, load: str | None, precision: str) -> list[str]:
+def _inference_problems(layout: Layout, checkpoint: LoadConfig, precision: str) -> list[str]:
     found = _not_among("precision", precision, PRECISIONS)
-    if not load:
+    found += _not_among("checkpoint.verify", checkpoint.verify, VERIFY)
+    if not checkpoint.load:
         found.append("checkpoint.load is missing: give checkpoint.load=FOLDER of a run")
     if layout.vpp:
         found.append(f"parallel.vpp={layout.vpp}: virtual stages serve training only, use null")
+    if layout.cp > 1:
+        found.append(f"parallel.cp={layout.cp}: context parallelism serves training only, use 1")
     return found
 
 
@@ -119,6 +126,25 @@ def model_layout_problems(model: ModelConfig, layout: Layout) -> list[str]:
     return found
 
 
+def _exchange_problems(layout: Layout, train: TrainConfig) -> list[str]:
+    """What the ways of carrying tokens to their experts ask of the run."""
+    found = []
+    precision = f"train.precision=bf16, not {train.precision}"
+    if layout.moe_dispatcher == "deepep" and train.precision != "bf16":
+        found.append(f"parallel.moe_dispatcher=deepep needs {precision}")
+    if layout.overlap_moe_expert_parallel_comm:
+        overlap = "parallel.overlap_moe_expert_parallel_comm=true needs"
+        if train.precision != "bf16":
+            found.append(f"{overlap} {precision}")
+        if train.recompute == "full" or (
+            train.recompute == "selective" and "moe" in train.recompute_modules
+        ):
+            found.append(
+                f"{overlap} train.recompute=none, or selective without moe, not {train.recompute}"
+            )
+    return found
+
+
 def _pipeline_layout_problems(layout: Layout, num_layers: int, pieces: int) -> list[str]:
     parts = stages(layout, num_layers)
     letters = "".join(parts)
@@ -140,6 +166,10 @@ def _pipeline_layout_problems(layout: Layout, num_layers: int, pieces: int) -> l
 def _bounds(config: RunConfig) -> list[str]:
     found = [f"{key}={value} must be at least 1" for key, value in _below(config, _AT_LEAST_ONE, 1)]
     found += [f"{key}={value} must not be negative" for key, value in _below(config, _NOT_NEGATIVE)]
+    for key in ("keep", "keep_every"):
+        value = getattr(config.checkpoint, key)
+        if value is not None and value < 1:
+            found.append(f"checkpoint.{key}={value} must be at least 1, or null to keep all")
     return found
 
 
@@ -159,6 +189,8 @@ def _choices(config: RunConfig) -> list[str]:
         *_not_among("train.recompute", train.recompute, RECOMPUTE),
         *_not_among("logger.wandb", config.logger.wandb, WANDB_MODES),
         *_not_among("data.corpus", config.data.corpus, CORPORA),
+        *_not_among("checkpoint.verify", config.checkpoint.verify, VERIFY),
+        *_not_among("checkpoint.on_error", config.checkpoint.on_error, ON_ERROR),
     ]
     for module in train.recompute_modules:
         found += _not_among("train.recompute_modules", module, RECOMPUTE_MODULES)
@@ -192,10 +224,16 @@ def _batch_problems(train: TrainConfig, layout: Layout, data_parallel: int) -> l
         for key, rows in _batches(train)
         if rows < 1 or rows % multiple
     ]
-    if row % layout.tp:
+    if layout.cp == 1 and row % layout.tp:
         found.append(
             f"train.micro_batch * train.seq_length = {row} is not divisible by "
             f"parallel.tp={layout.tp}, which divides the tokens among the routers"
+        )
+    if layout.cp > 1 and row < layout.row_multiple:
+        found.append(
+            f"train.micro_batch * train.seq_length = {row} tokens are too few to cut: "
+            f"parallel.cp={layout.cp} with cp_cut={layout.cp_cut} and tp={layout.tp} needs rows of "
+            f"at least {layout.row_multiple}"
         )
     return found
 

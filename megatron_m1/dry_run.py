@@ -7,7 +7,8 @@ from dataclasses import asdict
 import yaml
 
 from megatron_m1.config import RunConfig
-from megatron_m1.training import memory, phases
+from megatron_m1.planning import memory
+from megatron_m1.training import phases
 
 
 def describe(config: RunConfig, world_size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_USAGE = 64
 EXIT_NOT_FINITE = 70
 EXIT_INPUT = 74
+EXIT_STORAGE = 75
 
 
 class UserError(Exception):
@@ -33,3 +34,10 @@ class NotFinite(UserError):
     """A loss or gradient is NaN or infinite: the weights are not worth going on with."""
 
     exit_code = EXIT_NOT_FINITE
+
+
+class StorageError(UserError):
+    """A checkpoint could not be written: a full disk, a folder that went away. What was saved
+    before is as it was, and the same command goes on from it once that is mended."""
+
+    exit_code = EXIT_STORAGE

@@ -23,7 +23,7 @@ def run(config: GenerateConfig) -> None:
     from megatron_m1.inference.load import load_tokenizer, trained_model
     from megatron_m1.inference.sampling import Sampling, continue_text
 
-    with trained_model(config.checkpoint.load, config.parallel, config.precision) as loaded:
+    with trained_model(config.checkpoint, config.parallel, config.precision) as loaded:
         tokenizer = load_tokenizer(config.tokenizer, config.eod, loaded)
         sampling = Sampling(config.temperature, config.top_p, config.seed)
         pieces = continue_text(

@@ -46,19 +46,21 @@ def run(config: RunConfig) -> None:
 
 def pretrain(config: RunConfig) -> Run:
     """Train over the groups that are already built; returns the finished run."""
-    from megatron_m1.checkpoint import store
+    from megatron_m1.checkpoint.choosing import chosen
+    from megatron_m1.checkpoint.starting import start
     from megatron_m1.training.callbacks.defaults import default_callbacks
     from megatron_m1.training.loop import train
     from megatron_m1.training.run import build_run
 
     run = build_run(config)
-    checkpoint = store.choose(config.checkpoint.load, run.checkpoint_dir)
-    if checkpoint:
-        store.load(run, checkpoint)
+    asked = config.checkpoint
+    with chosen(asked.load, run.checkpoint_dir, asked.verify) as checkpoint:
+        if checkpoint:
+            started = start(run, checkpoint)
     if launcher.is_first_process():
         _open_folders(run)
         if checkpoint:
-            print(f"{checkpoint}: going on from step {run.progress.step}", flush=True)
+            print(started, flush=True)
         if run.finished:
             print("nothing is left to train: give more train.steps, or another run_dir")
     if run.finished:

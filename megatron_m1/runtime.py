@@ -21,8 +21,10 @@ _TIMEOUT = timedelta(minutes=10)
 def processes(layout: Layout) -> Iterator[None]:
     """Join the other processes and build the layout's groups; leave them at the end."""
     if host.has_accelerator():
-        if layout.tp > 1:
-            # Megatron overlaps tensor-parallel communication by the order of launches in one queue.
+        overlaps_experts = layout.overlap_moe_expert_parallel_comm or layout.moe_overlap_groups > 1
+        if layout.tp > 1 and not overlaps_experts:
+            # Megatron overlaps tensor-parallel communication by the order of launches in one queue,
+            # which would put the exchange of experts in line behind the computation.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     without_tf32()

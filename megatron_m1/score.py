@@ -29,7 +29,7 @@ def run(config: ScoreConfig) -> None:
     from megatron_m1.inference.scoring import read_tokens, score, write_scores
 
     rows = read_tokens(config.tokens)
-    with trained_model(config.checkpoint.load, config.parallel, config.precision) as loaded:
+    with trained_model(config.checkpoint, config.parallel, config.precision) as loaded:
         scores = score(loaded, config.parallel, rows, config.micro_batch)
         if launcher.is_first_process():
             write_scores(scores, config.out)

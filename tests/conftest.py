@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+# Deterministic algorithms, which the tests of kernels ask for, want it of cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     # Triton kernels then run on the CPU. Read when Triton is first imported, so before Megatron.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_m1 import pretrain
-from megatron_m1.config import GenerateConfig, RunConfig, ScoreConfig
+from megatron_m1.config import GenerateConfig, LoadConfig, RunConfig, ScoreConfig
 from megatron_m1.config_checks import (
     data_problems,
     generate_problems,
@@ -83,14 +83,58 @@ def test_the_default_run_has_no_problem() -> None:
             "train.micro_batch * train.seq_length = 33 is not divisible by parallel.tp=2",
         ),
         (
+            8,
+            "parallel.cp=8 parallel.ep=1 train.micro_batch=1 train.seq_length=6 "
+            "train.global_batch=1",
+            "= 6 tokens are too few to cut: parallel.cp=8 with cp_cut=balanced and tp=1 needs",
+        ),
+        (
             1,
             "optim.phases=[{tokens:9,lr:1,end_lr:0.1}]",
             "phases[0].end_lr=0.1 is not reached with",
         ),
+        (1, "checkpoint.verify=off", "checkpoint.verify=off is not one of full, sizes"),
+        (1, "checkpoint.on_error=ask", "checkpoint.on_error=ask is not one of stop, continue"),
+        (1, "checkpoint.keep=0", "checkpoint.keep=0 must be at least 1, or null to keep all"),
+        (1, "checkpoint.keep_every=-1", "checkpoint.keep_every=-1 must be at least 1, or null to"),
         (1, "model.capacity_factor=-1", "model.capacity_factor=-1.0 must be positive"),
         (1, "model.rope_theta=0", "model.rope_theta=0.0 must be positive"),
         (1, "model.aux_loss_coef=-1", "model.aux_loss_coef=-1.0 must not be negative"),
         (1, "model.init.std=-1", "model.init.std=-1.0 must not be negative"),
+        (1, "model.z_loss_coef=-1", "model.z_loss_coef=-1.0 must not be negative"),
+        (1, "model.drop_policy=best", "model.drop_policy=best is not one of probs, position"),
+        (1, "model.capacity_scope=all", "model.capacity_scope=all is not one of rank, micro_b"),
+        (1, "parallel.moe_overlap_groups=0", "parallel.moe_overlap_groups=0 must be at least 1"),
+        (
+            1,
+            "parallel.moe_overlap_groups=4",
+            "parallel.moe_overlap_groups=4 has no exchange to overlap with parallel.ep=1 and "
+            "parallel.etp=1: use 1",
+        ),
+        (1, "parallel.moe_dispatcher=flex", "moe_dispatcher=flex is not one of alltoall, deepep"),
+        (1, "parallel.moe_dispatcher=deepep", "needs ep * etp > 1, not parallel.ep=1 and"),
+        (2, "parallel.moe_dispatcher=deepep parallel.ep=2", "needs train.precision=bf16, not fp32"),
+        (
+            2,
+            "parallel.moe_dispatcher=deepep parallel.ep=2 parallel.moe_overlap_groups=2",
+            "parallel.moe_overlap_groups=2 divides the all-to-all: with moe_dispatcher=deepep use",
+        ),
+        *(
+            (8, f"parallel.overlap_moe_expert_parallel_comm=true {keys}", f"=true needs {what}")
+            for keys, what in (
+                ("", "parallel.ep > 1, not 1"),
+                ("parallel.ep=2", "train.precision=bf16, not fp32"),
+                ("parallel.ep=2 parallel.pp=2", "parallel.vpp >= 2 with parallel.pp=2"),
+                ("parallel.ep=2 parallel.moe_overlap_groups=2", "parallel.moe_overlap_groups=1, n"),
+                (
+                    "parallel.ep=2 parallel.tp=2 parallel.sequence_parallel=false",
+                    "sequence parallelism with parallel.tp=2",
+                ),
+                ("parallel.ep=2 train.recompute=full", "train.recompute=none, or selective with"),
+            )
+        ),
+        (3, "parallel.ep=3", "model.num_experts=8 is not divisible by parallel.ep=3"),
+        (3, "parallel.etp=3", "model.ffn_hidden_size=128 is not divisible by parallel.etp=3"),
         (1, "optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers in [0, 1)"),
         (1, "optim.betas=[0.9,1]", "optim.betas=[0.9, 1.0] must be two numbers in [0, 1)"),
         (1, "optim.lr=0", "optim.lr=0.0 must be positive"),
@@ -154,10 +198,15 @@ def test_one_weight_for_each_dataset() -> None:
     ("changes", "problem"),
     [
         ({"precision": "fp8"}, "precision=fp8 is not one of fp32, bf16"),
+        (
+            {"checkpoint": LoadConfig(verify="none")},
+            "checkpoint.verify=none is not one of full, sizes",
+        ),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0 (greedy) or more"),
         ({"top_p": 0.0}, "top_p=0.0 must be in (0, 1]"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"parallel": Layout(pp=2, vpp=2)}, "parallel.vpp=2: virtual stages serve training only"),
+        ({"parallel": Layout(cp=2)}, "parallel.cp=2: context parallelism serves training only"),
     ],
 )
 def test_rules_of_generate(changes: dict[str, Any], problem: str) -> None:

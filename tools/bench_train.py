@@ -77,7 +77,7 @@ def ours(model: ModelConfig, dtype: str) -> tuple[torch.nn.Module, Callable[[Ten
     """(chunk, step): our model and one training step of it on a sequence of tokens."""
     from megatron.core import tensor_parallel
 
-    from megatron_m1.model.build import build_chunks, forward_row, wrap_for_training
+    from megatron_m1.model.build import build_chunks, sum_of_losses, wrap_for_training
     from megatron_m1.model.transformer_config import transformer_config
     from megatron_m1.training.optimizer import build_optimizer, set_learning_rate
     from parallel.layout import Layout
@@ -94,7 +94,7 @@ def ours(model: ModelConfig, dtype: str) -> tuple[torch.nn.Module, Callable[[Ten
         row = PackedRow.from_documents([tokens])
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss = (forward_row(chunk, row).view(-1) * row.loss_mask).sum() / row.loss_mask.sum()
+        loss = sum_of_losses(chunk, row) / row.loss_mask.sum()
         loss.backward()
         chunk.finish_grad_sync()
         optimizer.step()

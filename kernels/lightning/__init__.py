@@ -172,7 +172,7 @@ def _attend(
             *autograd.views(qkv), decay, cu_seqlens, initial_state, silu
         )
     else:
-        options = autograd.Options(chosen, return_final_state, silu)
+        options = autograd.Options(chosen, return_final_state, silu, torch.is_grad_enabled())
         o, final_state = autograd.apply(qkv, decay, cu_seqlens, initial_state, options)
     return (o, final_state) if return_final_state else o
 

@@ -76,6 +76,8 @@ class Options(NamedTuple):
     backend: Backend
     return_final_state: bool
     silu: bool
+    is_recorded: bool
+    """Whether a backward may follow: autograd alone knows, and not inside its own function."""
 
 
 def apply(
@@ -107,7 +109,7 @@ class _Lightning(torch.autograd.Function):
         initial_state_NHDDv: Tensor | None,
         *qkv: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        backend, return_final_state, silu = options
+        backend, return_final_state, silu, is_recorded = options
         o_BTHDv, final_state_NHDDv, states = backend.forward(
             *views(qkv),
             decay_H,
@@ -115,7 +117,7 @@ class _Lightning(torch.autograd.Function):
             initial_state_NHDDv,
             return_final_state,
             silu,
-            keep_states=any(ctx.needs_input_grad),
+            keep_states=is_recorded and any(ctx.needs_input_grad),
         )
         ctx.save_for_backward(decay_H, cu_seqlens, initial_state_NHDDv, states, *qkv)
         ctx.options = options
@@ -128,7 +130,7 @@ class _Lightning(torch.autograd.Function):
         ctx: Any, d_o_BTHDv: Tensor | None, d_final_state_NHDDv: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         decay_H, cu_seqlens, initial_state_NHDDv, states, *qkv = ctx.saved_tensors
-        backend, _, silu = ctx.options
+        backend, _, silu, _ = ctx.options
         d_qkv = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in qkv)
         d_initial_state_NHDDv = backend.backward(
             d_o_BTHDv,

@@ -108,7 +108,7 @@ def backward(
     if d_o is None:
         d_o = torch.zeros_like(v)
     row = _Row.of(q, v, decay, cu_seqlens, config, piece)
-    entering = states if row.is_cut else initial_state
+    entering = states if row.is_cut else _dense(initial_state)
     d_entering, d_initial = _entering_states(
         row, _Sum(q, d_o, silu, False), d_final_state, need_initial, reverse=True
     )
@@ -151,25 +151,26 @@ def decode(
     value_tile = min(triton.next_power_of_2(Dv), max(4096 // width_tile, 1))
     grid = (triton.cdiv(Dv, value_tile) * H * S,)
     if grid[0]:
-        sweep.decode[grid](
-            q_SHD,
-            k_SHD,
-            v_SHDv,
-            o_SHDv,
-            decay_H.contiguous(),
-            states_PHDDv,
-            slots_S.contiguous(),
-            H,
-            *q_SHD.stride(),
-            *k_SHD.stride(),
-            *v_SHDv.stride(),
-            WIDTH=D,
-            VALUE_WIDTH=Dv,
-            WIDTH_TILE=width_tile,
-            VALUE_TILE=value_tile,
-            SILU=silu,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(states_PHDDv):
+            sweep.decode[grid](
+                q_SHD,
+                k_SHD,
+                v_SHDv,
+                o_SHDv,
+                decay_H.contiguous(),
+                states_PHDDv,
+                slots_S.contiguous(),
+                H,
+                *q_SHD.stride(),
+                *k_SHD.stride(),
+                *v_SHDv.stride(),
+                WIDTH=D,
+                VALUE_WIDTH=Dv,
+                WIDTH_TILE=width_tile,
+                VALUE_TILE=value_tile,
+                SILU=silu,
+                num_warps=4,
+            )
     return o_SHDv
 
 
@@ -260,7 +261,8 @@ def _piece_length(tokens: int, programs: int, device: torch.device) -> int:
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = triton.cdiv(2 * processors, max(programs, 1))
-    if programs >= processors or tokens < 2 * SHORTEST_PIECE:
+    # Pieces cost a second read of keys and values: worth more than a tenth of the card.
+    if 10 * programs >= 9 * processors or tokens < 2 * SHORTEST_PIECE:
         return triton.next_power_of_2(tokens + 1)
     return max(triton.next_power_of_2(triton.cdiv(tokens, wanted) + 1) // 2, SHORTEST_PIECE)
 
@@ -270,7 +272,7 @@ def _entering_states(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The states that enter the pieces from `boundary`, and room for (with cut documents: already
     there) those that leave the documents."""
-    boundary = None if boundary is None else boundary.contiguous()
+    boundary = _dense(boundary)
     leaving = row.empty_states(row.documents) if return_leaving else None
     if not row.is_cut:
         return boundary, leaving
@@ -314,37 +316,38 @@ def _sweep_row(
     grid = (tiles * row.decay_H.shape[0] * row.pieces,)
     if grid[0] == 0:
         return
-    sweep.sweep[grid](
-        queries,
-        keys,
-        values,
-        out,
-        before_silu,
-        state,
-        leaving,
-        row.decay_H,
-        *row.borders(),
-        row.decay_H.shape[0],
-        *_strides(queries),
-        *_strides(keys),
-        *_strides(values),
-        *_strides(out),
-        *_strides(before_silu),
-        *((1, width) if transposed else (value_width, 1)),
-        WIDTH=width,
-        VALUE_WIDTH=value_width,
-        WIDTH_TILE=max(triton.next_power_of_2(width), 16),
-        VALUE_TILE=max(config.value_tile, 16),
-        CHUNK=config.chunk,
-        REVERSE=reverse,
-        SILU_QUERIES=silu_queries,
-        SILU_KEYS=silu_keys,
-        SILU_VALUES=silu_values,
-        COMPUTE=compute_dtype(row.dtype),
-        PRECISION="ieee" if INTERPRETED else "tf32x3",
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    with torch.cuda.device_of(row.decay_H):
+        sweep.sweep[grid](
+            queries,
+            keys,
+            values,
+            out,
+            before_silu,
+            state,
+            leaving,
+            row.decay_H,
+            *row.borders(),
+            row.decay_H.shape[0],
+            *_strides(queries),
+            *_strides(keys),
+            *_strides(values),
+            *_strides(out),
+            *_strides(before_silu),
+            *((1, width) if transposed else (value_width, 1)),
+            WIDTH=width,
+            VALUE_WIDTH=value_width,
+            WIDTH_TILE=max(triton.next_power_of_2(width), 16),
+            VALUE_TILE=max(config.value_tile, 16),
+            CHUNK=config.chunk,
+            REVERSE=reverse,
+            SILU_QUERIES=silu_queries,
+            SILU_KEYS=silu_keys,
+            SILU_VALUES=silu_values,
+            COMPUTE=compute_dtype(row.dtype),
+            PRECISION="ieee" if INTERPRETED else "tf32x3",
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
 
 
 def _scan_row(
@@ -352,21 +355,26 @@ def _scan_row(
 ) -> None:
     numbers = row.width * row.value_width
     block = 1024
-    grid = (triton.cdiv(numbers, block), row.decay_H.shape[0], row.documents)
-    if 0 in grid:
+    grid = (triton.cdiv(numbers, block) * row.decay_H.shape[0] * row.documents,)
+    if grid[0] == 0:
         return
-    sweep.scan[grid](
-        states,
-        boundary,
-        leaving,
-        row.decay_H,
-        *row.borders(),
-        row.decay_H.shape[0],
-        numbers,
-        BLOCK=block,
-        REVERSE=reverse,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(row.decay_H):
+        sweep.scan[grid](
+            states,
+            boundary,
+            leaving,
+            row.decay_H,
+            *row.borders(),
+            row.decay_H.shape[0],
+            numbers,
+            BLOCK=block,
+            REVERSE=reverse,
+            num_warps=4,
+        )
+
+
+def _dense(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:

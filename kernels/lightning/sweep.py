@@ -197,9 +197,11 @@ def scan(
 ):
     """In place, from what each piece of a document adds to the state, to the state that enters it,
     starting from `boundary`; what is left at the other end goes to `leaving`."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1).to(tl.int64)
-    document = tl.program_id(2)
+    tiles = (numbers + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    e = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    head = (program // tiles % heads).to(tl.int64)
+    document = program // tiles // heads
     is_e = e < numbers
     slope = tl.load(decay + head) * 1.4426950408889634
     outer_at = (document.to(tl.int64) * heads + head) * numbers + e

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_m1.model.build import forward_row
 from megatron_m1.model.schedule import run_schedule
 from parallel import host
 from parallel.layout import Layout
@@ -37,7 +39,7 @@ def forward_rows(
         [row.to(host.device()) for row in rows],
         finish,
         forward_only=True,
-        with_loss=with_loss,
+        forward=partial(forward_row, with_loss=with_loss),
     )
     # Only the last pipeline stage has results; it holds them as training does, one a micro-batch.
     if results:

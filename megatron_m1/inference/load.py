@@ -12,6 +12,9 @@ from torch import nn
 
 from megatron_m1 import launcher
 from megatron_m1.checkpoint import store
+from megatron_m1.checkpoint.choosing import chosen
+from megatron_m1.checkpoint.folders import given_by
+from megatron_m1.config import LoadConfig
 from megatron_m1.config_checks import model_layout_problems
 from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.errors import ConfigError, InputError
@@ -32,23 +35,21 @@ class Loaded:
 
 
 @contextmanager
-def trained_model(load: str | None, layout: Layout, precision: str) -> Iterator[Loaded]:
-    """Load a checkpoint's model into ``layout`` while the processes are joined.
-
-    Args:
-        load: the checkpoint, as ``checkpoint.load`` names it.
+def trained_model(checkpoint: LoadConfig, layout: Layout, precision: str) -> Iterator[Loaded]:
+    """Load a checkpoint's model into ``layout`` while the processes are joined. A run that makes
+    room for newer checkpoints leaves this one until the block ends.
 
     Raises:
         ConfigError: the model does not fit the layout.
         InputError: the checkpoint cannot be read.
     """
-    path = store.find(load)
-    assert path is not None, "programs check that checkpoint.load is given"
-    model = store.saved_model(path)
+    assert checkpoint.load, "programs check that it is given"
+    model = store.saved_model(given_by(checkpoint.load)[0])
     problems = layout.problems(launcher.world_size()) + model_layout_problems(model, layout)
     if problems:
         raise ConfigError(problems)
-    with processes(layout):
+    with processes(layout), chosen(checkpoint.load, None, checkpoint.verify) as path:
+        assert path is not None
         yield load_model(path, layout, precision)
 
 

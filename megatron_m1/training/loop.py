@@ -24,6 +24,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         result = train_step(run)
         seconds = time.perf_counter() - started
         if not math.isfinite(result.loss + result.grad_norm):
+            for callback in callbacks:
+                callback.on_stop(run)
             raise NotFinite(
                 f"step {run.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: "
                 "nothing is saved; lower optim.lr or look at the data of this step"

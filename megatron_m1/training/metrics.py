@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 from torch import Tensor
 
 from megatron_m1.model.build import unwrap
-from megatron_m1.model.moe import Float32Router
+from megatron_m1.model.router import Float32Router
 from megatron_m1.observe.sinks import Metrics
 from megatron_m1.training.run import Run
 from megatron_m1.training.step import StepResult
@@ -37,7 +37,8 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> Metrics:
         "perf/peak_mem_gib": peak_memory() / 2**30,
         "time/step": seconds,
         "time/data": result.data_seconds,
-        **_aux_loss(run, len(result.rows)),
+        **cut_balance(result.rows),
+        **_router_losses(run, len(result.rows)),
         **_expert_load(run),
     }
     peak = peak_flops(run.config.train.precision)
@@ -49,8 +50,15 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> Metrics:
 def mean_document_length(rows: list[PackedRow]) -> float:
     """Mean length of the documents that a token sits in: sum of squares over sum. What softmax
     attention costs grows with it, not with the row."""
-    lengths = torch.cat([row.cu_seqlens_host.diff() for row in rows]).double()
+    lengths = torch.cat([row.document_bounds.diff() for row in rows]).double()
     return float(lengths.square().sum() / lengths.sum())
+
+
+def cut_balance(rows: list[PackedRow]) -> Metrics:
+    """How evenly the rows' softmax attention is shared by context-parallel ranks: the busiest over
+    the mean, averaged over the rows. Nothing for rows that are not cut."""
+    found = [row.shard.cut.imbalance for row in rows if row.shard]
+    return {"perf/cp_imbalance": sum(found) / len(found)} if found else {}
 
 
 def peak_flops(precision: str) -> float | None:
@@ -68,10 +76,12 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _aux_loss(run: Run, micro_batches: int) -> Metrics:
-    """Megatron's load-balancing loss (1 when balanced), averaged over layers and micro-batches."""
-    if not run.config.model.aux_loss_coef:
-        return {}
+def _router_losses(run: Run, micro_batches: int) -> Metrics:
+    """Megatron's load-balancing loss (1 when balanced) and the z-loss, before their coefficients,
+    averaged over layers and micro-batches; those that are switched on."""
+    model = run.config.model
+    coefficients = {"load_balancing_loss": model.aux_loss_coef, "z_loss": model.z_loss_coef}
+    tracked = [name for name, coefficient in coefficients.items() if coefficient]
     losses: dict[str, Tensor] = {}
     track_moe_metrics(
         1 / micro_batches,
@@ -79,19 +89,25 @@ def _aux_loss(run: Run, micro_batches: int) -> Metrics:
         writer=None,
         total_loss_dict=losses,
         force_initialize=True,
-        track_names=["load_balancing_loss"],
-        num_layers=run.config.model.num_layers,
+        track_names=tracked,
+        num_layers=model.num_layers,
     )
-    return {"train/aux_loss": float(losses["load_balancing_loss"])}
+    metrics: Metrics = {}
+    if "load_balancing_loss" in tracked:
+        metrics["train/aux_loss"] = float(losses["load_balancing_loss"])
+    if "z_loss" in tracked:
+        metrics["train/z_loss"] = float(losses["z_loss"])
+    return metrics
 
 
 def _expert_load(run: Run) -> Metrics:
-    """How the routers spread the step's tokens over the experts of each layer."""
-    routed, offered = _take_counts(run)
-    load = routed / routed.sum(dim=1, keepdim=True).clamp(min=1)
+    """How the routers spread the step's tokens over the experts of each layer, and how many of
+    their assignments found no room."""
+    sent, asked = _take_counts(run)
+    load = asked / asked.sum(dim=1, keepdim=True).clamp(min=1)
     metrics: Metrics = {
         "moe/max_violation": float(load.max() * run.config.model.num_experts - 1),
-        "moe/drop_frac": 1 - float(routed.sum()) / max(offered, 1),
+        "moe/drop_frac": 1 - float(sent.sum() / asked.sum().clamp(min=1)),
     }
     every = run.config.logger.moe_load_every
     if every and run.progress.step % every == 0:
@@ -99,15 +115,13 @@ def _expert_load(run: Run) -> Metrics:
     return metrics
 
 
-def _take_counts(run: Run) -> tuple[Tensor, float]:
-    """[layers, experts] tokens routed over all processes, and the assignments offered."""
+def _take_counts(run: Run) -> tuple[Tensor, Tensor]:
+    """Over all processes, [layers, experts] tokens sent and, before any was dropped, asking."""
     model = run.config.model
-    counts = torch.zeros(model.num_layers, model.num_experts + 1, device=host.device())
+    counts = torch.zeros(model.num_layers, 2, model.num_experts, device=host.device())
     for chunk in run.chunks:
         for layer in unwrap(chunk).decoder.layers:
             router: Float32Router = layer.mlp.router
-            routed, offered = router.take_counts()
-            counts[layer.layer_number - 1, :-1] = routed
-            counts[layer.layer_number - 1, -1] = offered
+            counts[layer.layer_number - 1] = router.take_counts()
     dist.all_reduce(counts)
-    return counts[:, :-1], float(counts[:, -1].sum())
+    return counts[:, 0], counts[:, 1]

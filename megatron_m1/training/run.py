@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -95,6 +96,8 @@ class Run:
 
 def build_run(config: RunConfig) -> Run:
     """Model, optimizer and data of a run, over Megatron's initialised groups."""
+    # Losses of routers that nobody has read: those of a run before this one in the same process.
+    clear_aux_losses_tracker()
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, force_reset_rng=True)
     transformer = transformer_config(
         config.model, config.parallel, config.train, config.train.precision

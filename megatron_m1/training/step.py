@@ -16,6 +16,7 @@ from megatron_m1.training import phases
 from megatron_m1.training.optimizer import set_learning_rate
 from megatron_m1.training.run import Run, data_rank
 from parallel import host
+from parallel.layout import Layout
 from parallel.packing import PackedRow
 
 
@@ -28,7 +29,7 @@ class StepResult:
         learning_rate: rate of the step.
         grad_norm: L2 norm of the whole gradient before clipping.
         tokens: positions of the global batch.
-        rows: this process's rows of it.
+        rows: this process's rows of it, or its parts of them.
         data_seconds: time spent reading them.
     """
 
@@ -66,15 +67,22 @@ def train_step(run: Run) -> StepResult:
 
 def read_rows(run: Run, reader: Reader, start: int, count: int) -> list[PackedRow]:
     """This process's micro-batches of the rows [start, start + count), on its device. Every
-    pipeline and tensor rank reads them itself, so boundaries need no broadcast."""
+    pipeline, tensor and context-parallel rank reads them itself, so boundaries need no broadcast;
+    context-parallel ranks keep a part of each."""
     rank, size = data_rank()
     rows = reader.micro_batches(start, count, run.config.train.micro_batch, rank, size)
-    return [row.to(host.device()) for row in rows]
+    return [_own_part(row, run.config.parallel).to(host.device()) for row in rows]
 
 
-def _sum_loss(losses: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _own_part(row: PackedRow, layout: Layout) -> PackedRow:
+    if layout.cp == 1:
+        return row
+    whole = row.padded(layout.row_multiple)
+    return whole.cut(layout.cp, parallel_state.get_context_parallel_rank(), layout.cp_cut)
+
+
+def _sum_loss(total: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's loss function for token-weighted losses: sum, number of tokens, report."""
-    total = (losses.view(-1) * row.loss_mask).sum()
     tokens = row.loss_mask.sum()
     return total, tokens.int(), {"sums": torch.stack([total.detach(), tokens])}
 

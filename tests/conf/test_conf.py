@@ -10,6 +10,7 @@ from megatron_m1 import pretrain
 from megatron_m1.config import GenerateConfig, RunConfig, ScoreConfig
 from megatron_m1.config_checks import generate_problems, run_problems, score_problems
 from megatron_m1.config_loading import CONF, load
+from megatron_m1.planning.config import PlanConfig
 
 GROUP_FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 EXPERIMENTS = [path.stem for path in GROUP_FILES if path.parent.name == "experiment"]
@@ -26,7 +27,9 @@ def described(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 def test_every_option_of_every_group_makes_a_run(path: Path) -> None:
     # Eight-fold tensor parallelism needs more heads than the default model has.
     model = ["model=m1_456b"] if path.stem == "h800_m1" else []
-    config = load("pretrain", RunConfig, [f"{path.parent}={path.stem}", *model])
+    of_planner = path.parent.name == "plan"
+    program, schema = ("plan", PlanConfig) if of_planner else ("pretrain", RunConfig)
+    config = load(program, schema, [f"{path.parent}={path.stem}", *model])
     assert run_problems(config, config.parallel.smallest_world) == []
 
 

@@ -111,6 +111,19 @@ def test_command_is_understood(command: list[str]) -> None:
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+PYTHON_BLOCKS = [
+    pytest.param(block, id=f"{page.name} {number}")
+    for page in PAGES
+    for number, (language, block) in enumerate(FENCE.findall(page.read_text()))
+    if language == "python"
+]
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS)
+def test_python_runs(block: str) -> None:
+    exec(compile(block, "example", "exec"), {})
+
+
 def started_processes(command: list[str], config: RunConfig) -> int:
     """How many processes a command trains on, or stands for in a dry run."""
     if "--nproc-per-node" in command:

@@ -233,6 +233,25 @@ def test_states_and_their_gradients_alone(launch: Callable[..., None], piece: in
             assert relative_error(actual, expected, 1) < FP32
 
 
+@pytest.mark.parametrize("piece", [32, NO_PIECES])
+def test_states_of_any_strides(launch: Callable[..., None], piece: int) -> None:
+    launch(piece=piece)
+    q, k, v, _ = make_inputs(1, 40, 1)
+    q, k = q[..., :DV], k[..., :DV]
+    state = torch.randn(1, H, DV, DV, device=DEVICE).mT
+    inputs = [q, k, v, state]
+    assert_close(run(inputs), run(inputs, backend="reference"), FP32)
+
+
+def test_the_launch_of_the_model_itself() -> None:
+    """Heads of 128, whose values take two programs."""
+    q, k, v = (torch.randn(1, 70, 1, 128, device=DEVICE) for _ in range(3))
+    inputs = [q, k, v, torch.randn(1, 1, 128, 128, device=DEVICE)]
+    decay = torch.tensor([0.3], device=DEVICE)
+    actual = run(inputs, silu=True, decay=decay)
+    assert_close(actual, run(inputs, silu=True, decay=decay, backend="reference"), FP32)
+
+
 def test_equal_inputs_give_equal_bits(launch: Callable[..., None]) -> None:
     launch(piece=32)
     inputs = make_inputs(1, 70, len(PACKED) - 1)
@@ -284,4 +303,4 @@ def test_the_kernels_compile_for_hopper_without_spilling_much() -> None:
     assert done.returncode == 0, done.stderr
     sweeps = [line.split() for line in done.stdout.splitlines() if line.startswith("sweep")]
     assert len(sweeps) >= 12
-    assert all(int(columns[-1]) <= 128 for columns in sweeps), done.stdout
+    assert all(int(columns[-1]) <= 64 for columns in sweeps), done.stdout

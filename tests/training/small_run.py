@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,16 @@ def curve(config: RunConfig) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weight_parts(run)}
 
 
-def weight_parts(run: Run) -> dict[str, tuple[int, int, Tensor]]:
-    """(rank, size, part) of each of this rank's parameters, in the shape of the whole tensor."""
+def weight_parts(
+    run: Run, value: Callable[[Tensor], Tensor] = Tensor.detach
+) -> dict[str, tuple[int, int, Tensor]]:
+    """(rank, size, part) of each of this rank's parameters, or of what `value` makes of it, in the
+    shape of the whole tensor."""
     return {
         local.mapped.ours: (
             local.rank if local.mapped.operation.axis is not None else 0,
             local.size if local.mapped.operation.axis is not None else 1,
-            local.mapped.operation.view(local.parameter.detach(), run.config.model).clone(),
+            local.mapped.operation.view(value(local.parameter), run.config.model).clone(),
         )
         for chunk in run.chunks
         for local in local_parameters(unwrap(chunk), run.config.model)
@@ -125,6 +129,18 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
     "pp4": (4, Layout(pp=4)),
     "ep2": (2, Layout(ep=2)),
     "dp2": (2, Layout()),
+    "ep2_overlap": (2, Layout(ep=2, moe_overlap_groups=2)),
+    "etp2": (2, Layout(etp=2)),
     "etp2_ep2": (4, Layout(tp=2, etp=2, ep=2)),
     "tp2_pp2_ep2": (8, Layout(tp=2, pp=2, ep=2)),
+    "cp2": (2, Layout(cp=2)),
+    "cp2_zigzag": (2, Layout(cp=2, cp_cut="zigzag")),
+    "cp2_tp2": (4, Layout(cp=2, tp=2)),
+    "cp2_pp2": (4, Layout(cp=2, pp=2)),
+    "cp2_ep2": (2, Layout(cp=2, ep=2)),
+    "cp4": (4, Layout(cp=4)),
+    "cp4_ep2": (4, Layout(cp=4, ep=2)),
+    "cp4_tp2": (8, Layout(cp=4, tp=2)),
+    "cp4_pp2": (8, Layout(cp=4, pp=2)),
+    "cp2_tp2_pp2_ep2": (8, Layout(cp=2, tp=2, pp=2, ep=2)),
 }

@@ -44,7 +44,7 @@ def test_layout_follows_one_process(
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved"])
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "cp2_ep2"])
 def test_recomputation_changes_nothing(
     recompute: str,
     name: str,

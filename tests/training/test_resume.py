@@ -32,11 +32,13 @@ SAME_LAYOUT: dict[str, tuple[int, Layout, dict[str, Any]]] = {
     "distributed_optimizer": (2, Layout(), {}),
     "pp2_interleaved": (2, Layout(pp=2, vpp=2), {}),
     "tp2_bf16": (2, Layout(tp=2), {"precision": "bf16"}),
+    "cp2_bf16": (2, Layout(cp=2), {"precision": "bf16"}),
 }
 OTHER_LAYOUT: dict[str, tuple[tuple[int, Layout], tuple[int, Layout]]] = {
     "tp2_to_pp2_ep2": ((2, Layout(tp=2)), (4, Layout(pp=2, ep=2))),
     "pp2_ep2_to_tp2": ((4, Layout(pp=2, ep=2)), (2, Layout(tp=2))),
     "ep2_to_etp2": ((2, Layout(ep=2)), (2, Layout(tp=2, etp=2))),
+    "cp2_tp2_to_cp4": ((4, Layout(cp=2, tp=2)), (4, Layout(cp=4))),
 }
 
 

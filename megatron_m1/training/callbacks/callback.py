@@ -12,5 +12,8 @@ class Callback:
     def on_step(self, run: Run, metrics: Metrics) -> None:
         """After a step, before its record is written; may add to ``metrics``."""
 
+    def on_stop(self, run: Run) -> None:
+        """Training ends early, at the same step and for the same reason on every process."""
+
     def on_end(self, run: Run) -> None:
         """After the last step."""

@@ -16,7 +16,7 @@ def default_callbacks(run: Run) -> list[Callback]:
     found: list[Callback] = []
     if config.train.eval_every and run.corpus.valid:
         found.append(Evaluator(config.train.eval_every, config.train.eval_rows))
-    found.append(Checkpointer(config.checkpoint.every, config.checkpoint.save_at_end))
+    found.append(Checkpointer(config.checkpoint))
     if config.train.sample_prompt and run.tokenizer:
         found.append(Sampler(config.train.sample_prompt, config.train.sample_tokens))
     if config.train.report:

@@ -1,0 +1,39 @@
+"""How a run starts from a checkpoint: it goes on, or it begins anew with imported weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_m1.checkpoint import store
+from megatron_m1.checkpoint.imported import is_imported, model_differences
+from megatron_m1.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_m1.training.run import Run
+
+
+def start(run: Run, path: Path) -> str:
+    """Bring a run to what a checkpoint holds. Collective.
+
+    Imported weights have no optimizer, step or position of the data: the run begins at step 0 with
+    fresh moments.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of another model or other data.
+    """
+    if not is_imported(path):
+        store.load(run, path)
+        return f"{path}: going on from step {run.progress.step}"
+    differing = model_differences(run.config.model, store.saved_model(path))
+    # The base may change with the length of the sequences.
+    differing.pop("rope_theta", None)
+    if differing:
+        raise InputError(f"checkpoint {path} is of another model: {', '.join(differing.values())}")
+    store.load_weights(run.chunks, path)
+    # The FP32 copies that the optimizer works on.
+    run.optimizer.reload_model_params()
+    return f"{path}: a new run from imported weights"

@@ -1,0 +1,171 @@
+"""What a folder of weights holds, from its tables and configuration alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_m1.checkpoint import folders
+from megatron_m1.checkpoint.disk import readable
+from megatron_m1.checkpoint.unpickling import METADATA, read_common
+from megatron_m1.conversion import hf_folder
+from megatron_m1.conversion.distributed_folder import OPTIMIZER, DistributedFolder
+from megatron_m1.conversion.recognition import Recognised, checkpoint_weights, recognise
+from megatron_m1.conversion.safetensors_file import Form
+from megatron_m1.errors import InputError
+from megatron_m1.model.config import ModelConfig
+
+Report = dict[str, Any]
+
+
+def resolve(given: Path) -> Path:
+    """The checkpoint that a path means: itself, or the latest of a folder or of a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return folders.given_by(str(given))[0]
+    except InputError as error:
+        raise InputError(
+            f"{given} holds no checkpoint: give a step_N or imported folder, a folder with a file "
+            f"named {folders.LATEST}, or a run's folder"
+        ) from error
+
+
+def inspect(path: Path) -> Report:
+    """What a folder holds, in words and numbers.
+
+    Raises:
+        InputError: nothing that is known.
+    """
+    is_foreign = (path / hf_folder.INDEX).exists() or (path / hf_folder.SINGLE).exists()
+    if is_foreign:
+        return describe_folder(recognise(path, without_shards=True))
+    if (path / hf_folder.CONFIG).exists() and not (path / METADATA).exists():
+        hf_folder.open_folder(path)  # says what is missing
+    return describe_checkpoint(resolve(path))
+
+
+def describe_folder(given: Recognised) -> Report:
+    """A folder of safetensors, or an index whose shards are elsewhere."""
+    folder, is_whole = given.folder, bool(given.folder.tensors)
+    forms = (
+        {name: stored.form for name, stored in folder.tensors.items()}
+        if is_whole
+        else given.likely_forms()
+    )
+    shards = set(folder.shards.values())
+    return {
+        "folder": str(folder.path),
+        "format": f"safetensors, {given.family.name} ({given.family.architectures[0]})",
+        **_describe_model(given.model),
+        "tensors": f"{len(folder.names):,} in {len(shards)} shards",
+        "decays": f"{len(given.decays.keys() & folder.names)} tensors beside the weights",
+        "total_size": _total_size(given, forms),
+        "shards": "all there" if is_whole else "none here: types and sizes are as the format says",
+        "dtypes": _dtype_mix(forms.values()),
+        "beside": _names(name for name in hf_folder.SIDE_FILES if (folder.path / name).exists()),
+        "problems": given.problems() or "none",
+    }
+
+
+def _total_size(given: Recognised, forms: dict[str, Form]) -> str:
+    """The bytes of the tensors, and what the index says where it says something else."""
+    size, said = sum(form.size for form in forms.values()), given.folder.total_size
+    if said is None or said == size:
+        return f"{size:,} bytes"
+    return f"{size:,} bytes, but the index says {said:,}"
+
+
+def check_complete(given: Recognised) -> None:
+    """
+    Raises:
+        InputError: tensors are missing or have other shapes, or an index without shards speaks of
+            other bytes than the model of config.json has.
+    """
+    if problems := given.problems():
+        sentences = "; ".join(problems)
+        raise InputError(f"{given.folder.path}: {sentences}")
+    size = sum(form.size for form in given.likely_forms().values())
+    said = given.folder.total_size
+    if not given.folder.tensors and said not in (None, size):
+        raise InputError(
+            f"{given.folder.path / hf_folder.INDEX} says total_size {said:,}, but the model of "
+            f"{hf_folder.CONFIG} has {size:,} bytes: they do not belong together"
+        )
+
+
+def describe_checkpoint(path: Path) -> Report:
+    """One of our checkpoints."""
+    weights = checkpoint_weights(path)
+    folder, model = weights.tensors, weights.model
+    assert isinstance(folder, DistributedFolder)
+    config = hf_folder.read_json(path / hf_folder.CONFIG)
+    forms = {name: folder.form(name) for name in folder.names}
+    optimizer = [
+        Form(stored.properties.dtype, tuple(stored.size))
+        for name, stored in folder.metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata) and name.startswith(OPTIMIZER)
+    ]
+    files = list(path.glob("*.distcp"))
+    pieces = sum(
+        len(stored.chunks)
+        for name, stored in folder.metadata.state_dict_metadata.items()
+        if name in forms and isinstance(stored, TensorStorageMetadata)
+    )
+    imported = config.get("imported")
+    return {
+        "folder": str(path),
+        "format": "Megatron-core's distributed checkpoint; any layout loads it",
+        "origin": f"imported from {imported['format']}" if imported else _progress(path),
+        **_describe_model(model),
+        "tensors": f"{len(forms):,} in {pieces:,} pieces in {len(files)} files",
+        "weights": readable(sum(form.size for form in forms.values())),
+        "optimizer": readable(sum(f.size for f in optimizer)) if optimizer else "none",
+        "on disk": readable(sum(file.stat().st_size for file in path.iterdir())),
+        "dtypes": _dtype_mix(forms.values()),
+        "beside": _names(name for name in hf_folder.SIDE_FILES if (path / name).exists()),
+        "problems": weights.name_problems() + weights.form_problems() or "none",
+    }
+
+
+def _progress(path: Path) -> str:
+    progress = read_common(path)["progress"]
+    return f"training, step {progress['step']:,}, {progress['tokens']:,} tokens"
+
+
+def _describe_model(model: ModelConfig) -> Report:
+    sizes = {key: value for key, value in asdict(model).items() if value is not None}
+    shown = ("layer_pattern", *(key for key, value in sizes.items() if type(value) is int))
+    return {
+        "parameters": f"{model.num_params():,}, {model.active_params():,} active",
+        "model": " ".join(f"model.{key}={sizes[key]}" for key in shown),
+        "rope": f"theta {model.rope_theta:,.0f} on {model.rotary_dim} of {model.head_dim}",
+    }
+
+
+def _dtype_mix(forms: Iterable[Form]) -> str:
+    sizes: Counter[str] = Counter()
+    for form in forms:
+        sizes[str(form.dtype).removeprefix("torch.")] += form.size
+    total = max(sum(sizes.values()), 1)
+    return ", ".join(f"{name} {100 * size / total:.3g} %" for name, size in sizes.most_common())
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def as_text(report: Report) -> str:
+    """A line for each entry, and for each of a list."""
+    lines = []
+    for key, value in report.items():
+        values = value if isinstance(value, list) else [value]
+        lines += [f"{key if not at else '':<12}{text}" for at, text in enumerate(values)]
+    return "\n".join(lines)

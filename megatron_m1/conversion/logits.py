@@ -1,0 +1,124 @@
+"""The logits of given tokens by our model and by transformers', from weights on the disk.
+
+MiniMax's own code is not run: it came with somebody's weights. transformers' MiniMaxForCausalLM is
+an independent implementation of the same model; for a partial rotation it takes the order of
+``families.QueryGroupsInHalves``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_m1.conversion.decays import decay, decay_forms
+from megatron_m1.conversion.families import BY_NAME
+from megatron_m1.conversion.recognition import Recognised
+from megatron_m1.conversion.verification import FAILED, OK, SKIPPED, Rung, Sides, differing_dtypes
+from megatron_m1.conversion.weights import Weights
+from megatron_m1.model.config import ModelConfig
+
+TOLERANCE = 1e-4  # of logits of size 1, in FP32
+_COPIES = 3  # a model in FP32, and what loading it takes beside
+
+
+def compare_logits(sides: Sides, path: Path, given: Recognised, rows: Sequence[Tensor]) -> Rung:
+    """The rung of the logits: ours from the checkpoint at ``path``, theirs from the folder."""
+    reason = _reason_to_skip(sides)
+    if reason:
+        return Rung("logits", SKIPPED, reason)
+    with _one_process():
+        ours = our_logits(path, rows)
+    theirs = their_logits(given, rows)
+    scale = max(1.0, *(logits.abs().max().item() for logits in theirs))
+    largest = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    tokens = sum(len(row) for row in rows)
+    text = f"largest difference {largest:.2g} over {tokens} tokens, logits up to {scale:.2g}"
+    return Rung("logits", OK if largest <= TOLERANCE * scale else FAILED, text)
+
+
+def _reason_to_skip(sides: Sides) -> str | None:
+    if differing_dtypes(sides):
+        return "the types differ, so the logits do"
+    needed = _COPIES * 4 * sides.left.model.num_params()
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return f"the model needs {needed / 1e9:.1f} GB of memory in FP32, {free / 1e9:.1f} are free"
+    return None
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    from parallel import host
+
+    host.enable()
+    from megatron_m1.runtime import processes
+    from parallel.layout import Layout
+
+    with processes(Layout()):
+        yield
+
+
+def some_tokens(model: ModelConfig) -> list[Tensor]:
+    """Two rows of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randint(model.vocab_size, (2, 64), generator=generator))
+
+
+def our_logits(path: Path, rows: Sequence[Tensor]) -> list[Tensor]:
+    """[T, V] for each row, by a checkpoint, over the groups of one process."""
+    from megatron_m1.inference.load import load_model
+    from megatron_m1.model.build import forward_row
+    from parallel.layout import Layout
+    from parallel.packing import PackedRow
+
+    (chunk,) = load_model(path, Layout(), "fp32").chunks
+    with torch.no_grad():
+        return [
+            forward_row(chunk, PackedRow.from_documents([row]), with_loss=False)[0] for row in rows
+        ]
+
+
+def their_logits(given: Recognised, rows: Sequence[Tensor]) -> list[Tensor]:
+    """[T, V] for each row, by transformers from a folder of safetensors."""
+    from transformers import MiniMaxForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if given.family.name == "transformers":
+        hf = MiniMaxForCausalLM.from_pretrained(
+            given.folder.path,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    else:
+        hf = transformers_model(given.weights)
+    with torch.no_grad():
+        return [hf.eval()(row[None], use_cache=False).logits[0] for row in rows]
+
+
+def transformers_model(weights: Weights) -> Any:
+    """transformers' class with weights of any format."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    model, family = weights.model, BY_NAME["transformers_memory"]
+    config = MiniMaxConfig(**family.words.write(model, max_length=1 << 20))
+    hf = MiniMaxForCausalLM(config).float()
+    state = hf.state_dict()
+    with torch.no_grad():
+        for ours, mapped in family.parameters(model).items():
+            parameter = mapped.operation.view(weights.read(ours), model)
+            parts = mapped.operation.unpack(parameter, model)
+            for (name, _), part in zip(mapped.theirs, parts, strict=True):
+                place = state[name] if mapped.slot is None else state[name][mapped.slot]
+                place.copy_(part)
+        for name in decay_forms(model, config.block_size):
+            state[name].copy_(decay(name, model, config.block_size))
+    return hf

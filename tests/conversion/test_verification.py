@@ -1,0 +1,111 @@
+"""The ladder: each rung holds, and each breaks where it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_m1.conversion.inspection import inspect
+from megatron_m1.conversion.recognition import checkpoint_weights, recognise
+from megatron_m1.conversion.verification import Rung, Sides, climb
+from tests.conversion.foreign import export_checkpoint, import_folder, write_toy
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    return import_folder(write_toy(folder / "toy"), folder / "checkpoint")
+
+
+@pytest.fixture
+def folder(imported: Path, tmp_path: Path) -> Path:
+    return export_checkpoint(imported, tmp_path / "hf", "minimax_m1")
+
+
+def ladder(checkpoint: Path, folder: Path, workers: int = 1) -> dict[str, str]:
+    """The text of each rung."""
+    given = recognise(folder)
+    sides = Sides(checkpoint_weights(checkpoint), given.weights)
+    top = Rung("logits", "ok", "")
+    return {rung.name: str(rung) for rung in climb(sides, set(given.decays), workers, lambda: top)}
+
+
+def change(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Another tensor of this name, or none."""
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = folder / content["weight_map"][name]
+    tensors = load_file(file)
+    if tensor is None:
+        del tensors[name]
+        del content["weight_map"][name]
+        index.write_text(json.dumps(content))
+    else:
+        tensors[name] = tensor
+    save_file(tensors, file)
+
+
+def weight(folder: Path, name: str) -> torch.Tensor:
+    return recognise(folder).folder.read(name)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_rungs_hold(workers: int, imported: Path, folder: Path) -> None:
+    found = ladder(imported, folder, workers)
+    assert list(found) == ["names", "shapes", "dtypes", "values", "logits"]
+    assert found["names"] == "names   ok       61 parameters in 37 tensors here, 79 there"
+    assert found["values"] == "values  ok       61 parameters equal bit for bit"
+
+
+def test_a_missing_tensor(imported: Path, folder: Path) -> None:
+    change(folder, "model.norm.weight", None)
+    found = ladder(imported, folder)
+    assert list(found) == ["names"]
+    assert "FAILED   1 of 79 tensors are missing: model.norm.weight" in found["names"]
+
+
+def test_another_model(imported: Path, folder: Path) -> None:
+    config = folder / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "rope_theta": 5e5}))
+    found = ladder(imported, folder)
+    assert list(found) == ["names", "shapes"]
+    assert "model.rope_theta=10000.0 here, 500000.0 there" in found["shapes"]
+
+
+def test_one_bit(imported: Path, folder: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    tensor = weight(folder, name)
+    tensor.view(torch.int32)[3, 4] ^= 1
+    change(folder, name, tensor)
+    found = ladder(imported, folder)
+    assert list(found) == ["names", "shapes", "dtypes", "values"]
+    assert (
+        "FAILED   1 parameters differ: decoder.layers.1.mlp.experts.2.linear_fc1.weight"
+        in (found["values"])
+    )
+
+
+def test_other_types(imported: Path, tmp_path: Path) -> None:
+    folder = export_checkpoint(imported, tmp_path / "bf16", "minimax_m1", "bf16")
+    found = ladder(imported, folder)
+    # All but the four routers.
+    assert (
+        "differ   57 of 61: embedding.word_embeddings.weight (float32 here, bfloat16 there)"
+        in (found["dtypes"])
+    )
+    assert found["values"].endswith("equal where rounded alike")
+
+
+def test_inspection_of_both_sides(imported: Path, folder: Path) -> None:
+    here, there = inspect(imported), inspect(folder)
+    assert here["origin"] == "imported from transformers"
+    assert there["format"] == "safetensors, minimax_m1 (MiniMaxM1ForCausalLM)"
+    for report in (here, there):
+        assert report["problems"] == "none"
+        assert report["dtypes"] == "float32 100 %"
+    assert here["model"].replace("minimax", "") == there["model"].replace("minimax_m1", "")
