@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_m1.errors import UserError
+from megatron_m1.errors import InputError, UserError
 
 if TYPE_CHECKING:
     from megatron_m1.conversion.convert import Job
@@ -59,6 +59,8 @@ def run_import(args: argparse.Namespace) -> int:
         print(as_text(describe_folder(given)))
         check_complete(given)
         return 0
+    if args.out is None:
+        raise InputError("--out is missing: give the folder to write, or --dry-run to write none")
     job = import_job(given, args.out, args.dtype, args.shard_size)
     _say_done(convert(job, args.workers), job, args.out)
     return 0
@@ -103,12 +105,11 @@ def run_verify(args: argparse.Namespace) -> int:
 
             rows = [torch.from_numpy(row) for row in read_tokens(args.tokens)]
         failed = False
-        for rung in verification.climb(
-            sides,
-            set(given.decays),
-            args.workers,
-            lambda: logits.compare_logits(sides, path, given, rows),
-        ):
+
+        def top() -> verification.Rung:
+            return logits.compare_logits(sides, path, given, rows)
+
+        for rung in verification.climb(sides, given, args.workers, top):
             print(rung, flush=True)
             failed |= rung.outcome == verification.FAILED
     return int(failed)
@@ -165,7 +166,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_import)
     add = parser.add_argument
     add("--hf", type=Path, required=True, metavar="DIR", help="config.json and safetensors")
-    add("--out", type=Path, required=True, metavar="CKPT", help="a new folder")
+    add("--out", type=Path, metavar="CKPT", help="a new folder")
     add("--dry-run", action="store_true", help="check names, shapes and sizes; write nothing")
     _add_common(parser)
     _add_ignored(parser)

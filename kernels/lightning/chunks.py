@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 CHUNK = 32
 """Tokens in a chunk, and twice as many for heads wider than 64. Scores grow with it, what is done
 to states falls with it; the break-even was measured on a CPU for widths of 32 to 128."""
-TILE, DEVICE_TILE = 2**16, 2**22
+TILE, DEVICE_TILE = 2**17, 2**22
 """Elements of one tensor of a segment. On a CPU the dozen tensors of a segment should stay in its
 cache, yet each be long enough to share among threads; on a device few launches count for more."""
 SEGMENT = 256

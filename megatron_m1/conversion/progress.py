@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from time import monotonic
 from types import TracebackType
 from typing import TextIO
 
@@ -27,7 +27,7 @@ class Bar:
         self._title, self._total = title, max(total, 1)
         self._stream = stream or sys.stderr
         self._done = self._before = 0
-        self._start = self._last = time.monotonic()
+        self._start = self._last = monotonic()
         self._live = _live(self._stream) if self._stream.isatty() else None
         self._task = self._live.add_task(title, total=self._total) if self._live else None
 
@@ -41,12 +41,12 @@ class Bar:
         self._done += size
         if self._live and self._task is not None:
             self._live.update(self._task, completed=self._done)
-        elif time.monotonic() - self._last > _SECONDS:
-            self._last = time.monotonic()
+        elif monotonic() - self._last > _SECONDS:
+            self._last = monotonic()
             self._print()
 
     def _print(self) -> None:
-        speed = (self._done - self._before) / max(time.monotonic() - self._start, 1e-9)
+        speed = (self._done - self._before) / max(monotonic() - self._start, 1e-9)
         left = (self._total - self._done) / speed if speed else 0
         print(
             f"{self._title}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, "

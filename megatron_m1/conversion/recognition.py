@@ -56,14 +56,17 @@ class Recognised:
         """What keeps the weights from being the model's."""
         found = self.weights.name_problems(self.decays)
         if self.folder.tensors:
-            found += self.weights.form_problems()
-            stored = self.decays.keys() & self.folder.names
-            found += decay_problems(stored, self.folder.read, self.model, self.described.block_size)
+            found += self.weights.form_problems() + self.decay_problems()
         return found
 
+    def decay_problems(self) -> list[str]:
+        """Which stored decays are not those of the model."""
+        stored = self.decays.keys() & self.folder.names
+        return decay_problems(stored, self.folder.read, self.model, self.described.block_size)
+
     def likely_forms(self) -> dict[str, Form]:
-        """The tensors of a folder without its shards: the type that config.json says, and FP32 for
-        the routers where MiniMax's own code stores them so."""
+        """The tensors of a folder without its shards, in the type that config.json says; routers as
+        MiniMax's own code stores them, in FP32."""
         dtype = _CONFIG_DTYPES.get(self.described.dtype or "bfloat16", torch.bfloat16)
         return {
             name: Form(torch.float32 if mapped.is_router else dtype, shape)
@@ -98,11 +101,12 @@ def recognise(path: Path, without_shards: bool = False, ignore: Collection[str] 
 def _candidates(config: dict[str, Any], path: Path) -> list[Family]:
     named = config.get("architectures") or [None]
     name = named[0] if isinstance(named, list) else named
-    found = [family for family in FAMILIES if name in family.architectures]
+    kind = None if name else config.get("model_type")
+    found = [f for f in FAMILIES if name in f.architectures or kind == f.model_type]
     if not found:
         known = ", ".join(dict.fromkeys(a for family in FAMILIES for a in family.architectures))
         raise InputError(
-            f"{path / hf_folder.CONFIG} is of the architecture {name}; known are {known}"
+            f"{path / hf_folder.CONFIG} is of the architecture {name or kind}; known are {known}"
         )
     return found
 

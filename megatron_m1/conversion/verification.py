@@ -13,6 +13,7 @@ import torch
 
 from megatron_m1.checkpoint.imported import model_differences
 from megatron_m1.conversion.progress import Bar
+from megatron_m1.conversion.recognition import Recognised
 from megatron_m1.conversion.weights import Weights, shown
 from megatron_m1.conversion.workers import Advance, work
 
@@ -44,19 +45,19 @@ class Sides:
 
 
 def climb(
-    sides: Sides, known: set[str], workers: int, logits: Callable[[], Rung]
+    sides: Sides, given: Recognised, workers: int, logits: Callable[[], Rung]
 ) -> Iterator[Rung]:
     """The rungs from the lowest, up to the first that fails.
 
     Args:
-        known: names on the right that may be there or not.
+        given: the folder whose weights are on the right.
         logits: compares those of both sides; called if the values are the same.
     """
     for make in (
-        lambda: _names(sides, known),
+        lambda: _names(sides, set(given.decays)),
         lambda: _shapes(sides),
         lambda: _dtypes(sides),
-        lambda: _values(sides, workers),
+        lambda: _values(sides, workers, given.decay_problems()),
         logits,
     ):
         rung = make()
@@ -102,7 +103,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _values(sides: Sides, workers: int) -> Rung:
+def _values(sides: Sides, workers: int, problems: list[str]) -> Rung:
+    if problems:
+        return Rung("values", FAILED, shown(problems))
     names = list(sides.left.parameters)
     sizes = [sides.left.dtype(name).itemsize for name in names]
     total = sum(

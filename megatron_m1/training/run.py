@@ -106,7 +106,7 @@ def build_run(config: RunConfig) -> Run:
         build_chunks(config.model, transformer, seed=config.seed), transformer, config.optim
     )
     optimizer = build_optimizer(chunks, config.optim, config.train.precision)
-    connect_schedule(transformer, chunks, optimizer)
+    connect_schedule(transformer, chunks)
     return Run(
         config,
         transformer,
@@ -117,11 +117,13 @@ def build_run(config: RunConfig) -> Run:
     )
 
 
-def connect_schedule(
-    transformer: TransformerConfig, chunks: list[Any], optimizer: MegatronOptimizer
-) -> None:
-    """Megatron's schedules find the gradient hooks in the model's configuration."""
-    transformer.grad_scale_func = optimizer.scale_loss
+def connect_schedule(transformer: TransformerConfig, chunks: list[Any]) -> None:
+    """Megatron's schedules find the gradient hooks in the model's configuration.
+
+    They also look for `grad_scale_func`, which FP32 and BF16 do not need. The optimizer's own would
+    tie model and optimizer to each other through C++, where no garbage collector sees it: process
+    groups of an ended run would keep their threads.
+    """
     transformer.finalize_model_grads_func = finalize_model_grads
     if chunks[0].ddp_config.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in chunks]

@@ -198,7 +198,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["LlamaForCausalLM"]},
         "is of the architecture LlamaForCausalLM; known are MiniMaxM1ForCausalLM, Mini",
     ),
-    "no architecture": ({"architectures": None}, "is of the architecture None"),
+    "another kind": ({"architectures": None, "model_type": "bert"}, "is of the architecture bert"),
     "shared expert": ({"shared_intermediate_size": 64}, "shared_intermediate_size=64 is not what"),
     "pre-norm": ({"postnorm": False}, "postnorm=False is not what this project's model does: True"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),

@@ -31,7 +31,7 @@ def ladder(checkpoint: Path, folder: Path, workers: int = 1) -> dict[str, str]:
     given = recognise(folder)
     sides = Sides(checkpoint_weights(checkpoint), given.weights)
     top = Rung("logits", "ok", "")
-    return {rung.name: str(rung) for rung in climb(sides, set(given.decays), workers, lambda: top)}
+    return {rung.name: str(rung) for rung in climb(sides, given, workers, lambda: top)}
 
 
 def change(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
@@ -88,6 +88,13 @@ def test_one_bit(imported: Path, folder: Path) -> None:
         "FAILED   1 parameters differ: decoder.layers.1.mlp.experts.2.linear_fc1.weight"
         in (found["values"])
     )
+
+
+def test_decays_of_another_model(imported: Path, tmp_path: Path) -> None:
+    folder = export_checkpoint(imported, tmp_path / "native", "transformers")
+    name = "model.layers.1.self_attn.slope_rate"
+    change(folder, name, weight(folder, name) * 2)
+    assert "slope_rate is not MiniMax's" in ladder(imported, folder)["values"]
 
 
 def test_other_types(imported: Path, tmp_path: Path) -> None:
