@@ -44,7 +44,7 @@ def route(aux: float, z: float, parts: int = 1) -> dict[str, Any]:
     router.weight.data = weight
     row = row.chunk(parts)[dist.get_rank()].clone().requires_grad_()
 
-    moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     moe_utils.clear_aux_losses_tracker()
     probs, _ = router(row)
     (0.0 * probs.sum()).backward()
