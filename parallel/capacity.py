@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.exchange import all_gather
+
 POLICIES = ("probs", "position")
 
 
@@ -55,7 +57,7 @@ def _capacity(assignments: Tensor, experts: int, factor: float) -> Tensor:
 def _first(
     probs_NE: Tensor, pending_NE: Tensor, topk: int, factor: float, group: dist.ProcessGroup | None
 ) -> Tensor:
-    counts_RE = _gather(pending_NE.sum(dim=0)[None], group)
+    counts_RE = _gather(pending_NE.sum(dim=0), group)
     capacity = _capacity(counts_RE.sum(), pending_NE.shape[1], factor)
     earlier_E = counts_RE[: _rank(group)].sum(dim=0)
     return pending_NE & (earlier_E + pending_NE.cumsum(dim=0) <= capacity)
@@ -68,7 +70,7 @@ def _most_probable(
     # A token that asks for fewer than K experts fills up with ones that sort behind every other.
     probs_NK, experts_NK = probs_NE.float().masked_fill(~pending_NE, -1.0).topk(topk, dim=1)
     # One message; numbers of experts are exact in FP32.
-    asked = _gather(torch.stack([probs_NK, experts_NK.float()]).flatten(1)[None], group)
+    asked = _gather(torch.stack([probs_NK, experts_NK.float()]).flatten(1), group)
     probs, expert = asked.transpose(0, 1).flatten(1)
     capacity = _capacity((probs >= 0).sum(), experts, factor)
 
@@ -86,12 +88,10 @@ def _most_probable(
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[1, ...] of each rank -> [R, ...] in the order of the group."""
+    """[...] of each rank -> [R, ...] in the order of the group."""
     if group is None or group.size() == 1:
-        return local
-    gathered = local.new_empty(group.size(), *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered
+        return local[None]
+    return all_gather(group, local).wait()
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:

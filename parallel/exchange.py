@@ -1,7 +1,7 @@
 """Messages between the ranks of one group that travel while their ranks compute, and their bytes.
 
-A flight keeps its tensors alive until it has landed; waiting for it makes the device wait, not the
-host.
+A transfer keeps its tensors alive until it is complete; waiting for it makes the device wait, not
+the host.
 
 NCCL wants every rank of a group in the group's first call, and the messages between two ranks in
 one order on both.
@@ -9,7 +9,7 @@ one order on both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,27 +45,28 @@ def counted() -> Iterator[Traffic]:
 
 
 def _count(tensor: Tensor, receivers: int = 1) -> None:
+    """Take note of a message of `tensor` to each of the receivers."""
     for traffic in _counting:
         traffic.messages += receivers
-        traffic.bytes += receivers * tensor.numel() * tensor.element_size()
+        traffic.bytes += receivers * tensor.nbytes
 
 
 @dataclass
-class Flight:
-    """Messages under way. `arrived` is what they bring, complete after `wait`."""
+class Transfer:
+    """Messages under way. `received` is what they bring, complete after `wait`."""
 
-    arrived: Tensor
+    received: Tensor
     works: list[Any]
-    departed: Tensor | None
+    sent: Tensor | None
 
     def wait(self) -> Tensor:
         for work in self.works:
             work.wait()
-        self.works, self.departed = [], None
-        return self.arrived
+        self.works, self.sent = [], None
+        return self.received
 
 
-def swap(group: dist.ProcessGroup, send: Message, receive: Message) -> Flight:
+def swap(group: dist.ProcessGroup, send: Message, receive: Message) -> Transfer:
     """Send to one rank and receive from one. Nothing is sent where the tensor is empty, which both
     ends must know."""
     operations = []
@@ -75,10 +76,10 @@ def swap(group: dist.ProcessGroup, send: Message, receive: Message) -> Flight:
     if receive[1].numel():
         operations.append(dist.P2POp(dist.irecv, receive[1], group=group, group_peer=receive[0]))
     works = dist.batch_isend_irecv(operations) if operations else []
-    return Flight(receive[1], works, send[1])
+    return Transfer(receive[1], works, send[1])
 
 
-def all_gather(group: dist.ProcessGroup, local: Tensor) -> Flight:
+def all_gather(group: dist.ProcessGroup, local: Tensor) -> Transfer:
     """Every rank's `local` [...], one under the other in rank order: [ranks, ...]."""
     local = local.contiguous()
     _count(local, group.size() - 1)
@@ -86,13 +87,29 @@ def all_gather(group: dist.ProcessGroup, local: Tensor) -> Flight:
     work = dist.all_gather_into_tensor(
         gathered.view(-1), local.view(-1), group=group, async_op=True
     )
-    return Flight(gathered, [work], local)
+    return Transfer(gathered, [work], local)
 
 
-def reduce_scatter(group: dist.ProcessGroup, parts: Tensor) -> Flight:
+def reduce_scatter(group: dist.ProcessGroup, parts: Tensor) -> Transfer:
     """The sum over the ranks of `parts[r]`, [ranks, ...] on each, on rank r: [...]."""
     parts = parts.contiguous()
     _count(parts[0], group.size() - 1)
     total = torch.empty_like(parts[0])
     work = dist.reduce_scatter_tensor(total.view(-1), parts.view(-1), group=group, async_op=True)
-    return Flight(total, [work], parts)
+    return Transfer(total, [work], parts)
+
+
+def all_to_all(
+    group: dist.ProcessGroup, rows: Tensor, received: Sequence[int], sent: Sequence[int]
+) -> Transfer:
+    """`sent[r]` of the rows [sum(sent), ...] to each rank r, for `received[r]` of its own, in rank
+    order: [sum(received), ...]."""
+    rows = rows.contiguous()
+    for rank, part in enumerate(rows.split(list(sent))):
+        if rank != group.rank() and len(part):
+            _count(part)
+    arriving = rows.new_empty(sum(received), *rows.shape[1:])
+    work = dist.all_to_all_single(
+        arriving, rows, list(received), list(sent), group=group, async_op=True
+    )
+    return Transfer(arriving, [work], rows)

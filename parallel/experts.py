@@ -17,8 +17,8 @@ Gathering and summing are all-to-alls too: of as many copies of a part as there 
 of its partial results, which are then added in FP32 in the order of the ranks. They take rows of
 uneven number on every backend and send what a ring would.
 
-Shapes: N tokens of this rank, A assignments (a token and one of its experts), P parts, E experts of
-which this rank holds L, C width of the model.
+Shapes: N tokens of this rank (of a part), A assignments (a token and one of its experts), at most K
+of a token, P parts, E experts of which this rank holds L, C width of the model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from parallel.exchange import Transfer, all_gather, all_to_all
 
 Result = TypeVar("Result")
 # (rows [A, C] in the order of the experts, tokens of each expert [L] in host memory, probs [A])
@@ -95,11 +98,11 @@ def in_turns(parts: Sequence[Generator[None, None, Result]]) -> list[Result]:
     return [results[number] for number in range(len(parts))]
 
 
-class RoundTrip:
+class AllToAll:
     """Rows that travel in one all-to-all, and their gradients that travel back.
 
-    ``start`` begins and ``finish`` waits; in the backward pass ``finish`` begins and ``start``
-    waits. Work put in between overlaps, in both directions.
+    ``start`` sends and ``finish`` waits; in the backward pass ``finish`` sends and ``start`` waits.
+    Work put in between overlaps, in both directions.
     """
 
     def __init__(
@@ -108,68 +111,59 @@ class RoundTrip:
         """received, sent: rows from and to each rank of the group."""
         self._group = group
         self._received, self._sent = list(received), list(sent)
-        self._tickets: tuple[Tensor, ...] = ()
-        self._messages: list[tuple[dist.Work, Tensor, Tensor]] = []
+        self._placeholders: tuple[Tensor, ...] = ()
+        self._under_way: list[Transfer] = []
 
-    def start(self, *rows: Tensor) -> RoundTrip:
+    def start(self, *rows: Tensor) -> AllToAll:
         """Send tensors of [sum(sent), ...]."""
-        self._tickets = _Start.apply(self, *rows)
+        self._placeholders = _Start.apply(self, *rows)
         return self
 
     def finish(self) -> tuple[Tensor, ...]:
         """What arrived: [sum(received), ...] for each tensor sent."""
-        tickets, self._tickets = self._tickets, ()
-        return _Finish.apply(self, *tickets)
+        placeholders, self._placeholders = self._placeholders, ()
+        return _Finish.apply(self, *placeholders)
 
-    def depart(self, rows: Sequence[Tensor], back: bool) -> None:
+    def send(self, rows: Sequence[Tensor], back: bool) -> None:
         received, sent = self._received, self._sent
         if back:
             received, sent = sent, received
-        for row in rows:
-            row = row.contiguous()
-            landed = row.new_empty(sum(received), *row.shape[1:])
-            work = dist.all_to_all_single(
-                landed, row, received, sent, group=self._group, async_op=True
-            )
-            # The rows must live until they have been sent.
-            self._messages.append((work, row, landed))
+        self._under_way = [all_to_all(self._group, row, received, sent) for row in rows]
 
-    def land(self) -> tuple[Tensor, ...]:
-        messages, self._messages = self._messages, []
-        for work, _, _ in messages:
-            work.wait()
-        return tuple(landed for _, _, landed in messages)
+    def receive(self) -> tuple[Tensor, ...]:
+        under_way, self._under_way = self._under_way, []
+        return tuple(transfer.wait() for transfer in under_way)
 
 
 class _Start(torch.autograd.Function):
-    """Gives tickets for ``_Finish``: tensors without storage, in the shape of the rows, so that the
-    gradients which ``_Finish`` has yet to receive have a place in the graph."""
+    """Returns placeholders for ``_Finish``: tensors without storage, in the shape of the rows, so
+    that the gradients which ``_Finish`` has yet to receive have a place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, trip: RoundTrip, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.trip = trip
-        trip.depart(rows, back=False)
-        return tuple(_ticket(row, row.shape) for row in rows)
+    def forward(ctx: Any, exchange: AllToAll, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        exchange.send(rows, back=False)
+        return tuple(_placeholder(row, row.shape) for row in rows)
 
     @staticmethod
-    def backward(ctx: Any, *tickets: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.trip.land()
+    def backward(ctx: Any, *placeholders: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.exchange.receive()
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trip: RoundTrip, *tickets: Tensor) -> tuple[Tensor, ...]:
-        ctx.trip = trip
-        ctx.shapes = [ticket.shape for ticket in tickets]
-        return trip.land()
+    def forward(ctx: Any, exchange: AllToAll, *placeholders: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        ctx.shapes = [placeholder.shape for placeholder in placeholders]
+        return exchange.receive()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.trip.depart(gradients, back=True)
-        return None, *map(_ticket, gradients, ctx.shapes)
+        ctx.exchange.send(gradients, back=True)
+        return None, *map(_placeholder, gradients, ctx.shapes)
 
 
-def _ticket(like: Tensor, shape: torch.Size) -> Tensor:
+def _placeholder(like: Tensor, shape: torch.Size) -> Tensor:
     return like.new_zeros(()).expand(shape)
 
 
@@ -180,6 +174,7 @@ class _Route:
     Attributes:
         tokens, entries: [A] each assignment's token, and its place in the flattened probabilities,
             in the order of the experts.
+        places_NK: each token's assignments in that order, A where it has fewer than K.
         sent, received: assignments to and from each ep rank.
         gathered: assignments that each etp rank holds after the exchange.
         chunks: [etp * ep * L] assignments by etp rank, ep rank and local expert that they come from
@@ -189,6 +184,7 @@ class _Route:
 
     tokens: Tensor
     entries: Tensor
+    places_NK: Tensor
     sent: list[int]
     received: list[int]
     gathered: list[int]
@@ -216,44 +212,85 @@ class _Route:
 
 
 def _routes(routing_NE: Tensor, groups: ExpertGroups, parts: int) -> list[_Route]:
-    """The routes of all parts, with one gathering of counts and before anything is under way, so
-    that no part waits for the host."""
-    tokens, experts = routing_NE.shape
+    """The routes of all parts. The host waits for the device once, before anything is under way."""
+    experts = routing_NE.shape[1]
     ep, etp = groups.ep.size(), groups.etp.size()
     local = experts // ep
-    sizes = [len(part) for part in torch.arange(tokens).tensor_split(parts)]
-    part_N = torch.arange(parts).repeat_interleave(torch.tensor(sizes)).to(routing_NE.device)
-    counts_PE = routing_NE.new_zeros(parts, experts, dtype=torch.int64)
-    counts_PE.index_add_(0, part_N, routing_NE.long())
-
-    everyones = counts_PE.new_empty(ep * etp, parts, experts)
-    dist.all_gather_into_tensor(everyones, counts_PE[None], group=groups.both)
+    routing_P = routing_NE.tensor_split(parts)
+    counts_PE = torch.stack([part.sum(dim=0) for part in routing_P])
+    everyones = all_gather(groups.both, counts_PE).wait()
     first = groups.ep.rank() * local
     mine = everyones.view(ep, etp, parts, experts)[..., first : first + local]
-    both = torch.cat([counts_PE.flatten(), mine.flatten()]).cpu()
-    counts_PE, mine = both[: parts * experts].view(parts, ep, local), both[parts * experts :]
-    incoming = mine.view(ep, etp, parts, local).permute(2, 1, 0, 3)  # [P, etp, ep, L]
-
-    expert_A, token_A = routing_NE.T.nonzero().unbind(dim=1)
-    order = part_N[token_A].argsort(stable=True)
-    expert_A, token_A = expert_A[order], token_A[order]
-    starts = torch.tensor([0, *sizes]).cumsum(0).to(routing_NE.device)
-    token_A = token_A - starts[part_N[token_A]]
-    lengths = counts_PE.sum(dim=(1, 2)).tolist()
+    most = routing_NE.sum(dim=1).max()
+    host = torch.cat([counts_PE.flatten(), mine.flatten(), most[None]]).cpu()
+    counts_PE = host[: parts * experts].view(parts, ep, local)
+    incoming = host[parts * experts : -1].view(ep, etp, parts, local)
+    incoming = incoming.permute(2, 1, 0, 3)  # [P, etp, ep, L]
     return [
         _Route(
-            tokens=own_tokens,
-            entries=own_tokens * experts + own_experts,
+            *_assignments(part_NE, int(counts_PE[part].sum()), int(host[-1])),
             sent=counts_PE[part].sum(dim=1).tolist(),
             received=incoming[part, groups.etp.rank()].sum(dim=1).tolist(),
             gathered=incoming[part].sum(dim=(1, 2)).tolist(),
             chunks=incoming[part].flatten().tolist(),
             local_experts=local,
         )
-        for part, (own_tokens, own_experts) in enumerate(
-            zip(token_A.split(lengths), expert_A.split(lengths), strict=True)
-        )
+        for part, part_NE in enumerate(routing_P)
     ]
+
+
+def _assignments(routing_NE: Tensor, number: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_Route`'s tokens, entries and places of `number` assignments, at most `most` of a token."""
+    tokens, experts = routing_NE.shape
+    place_EN = routing_NE.T.flatten().cumsum(dim=0).view(experts, tokens) - 1
+    place_NE = torch.where(routing_NE, place_EN.T, number)
+    entries = torch.arange(tokens * experts, device=routing_NE.device)
+    # What is not routed is written to one more place.
+    entries = entries.new_empty(number + 1).scatter_(0, place_NE.flatten(), entries)[:number]
+    places_NK = place_NE.topk(most, dim=1, largest=False).values
+    return entries // experts, entries, places_NK
+
+
+class _Dispatch(torch.autograd.Function):
+    """The rows of tokens for each of their assignments; gradients are summed as `_Combine` does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NC: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return hidden_NC.index_select(0, route.tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows_AC: Tensor) -> tuple[Tensor, None]:
+        return _sum_of_assignments(d_rows_AC, ctx.route.places_NK), None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each token's assignments, in FP32 and in the order of the experts: without atomic
+    additions, so that equal inputs give equal bits."""
+
+    @staticmethod
+    def forward(ctx: Any, answers_AC: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return _sum_of_assignments(answers_AC, route.places_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_NC: Tensor) -> tuple[Tensor, None]:
+        return d_out_NC.index_select(0, ctx.route.tokens), None
+
+
+def _sum_of_assignments(rows_AC: Tensor, places_NK: Tensor) -> Tensor:
+    wide = torch.promote_types(rows_AC.dtype, torch.float32)
+    total_NC = rows_AC.new_zeros(len(places_NK), rows_AC.shape[1], dtype=wide)
+    if not len(rows_AC):
+        return total_NC.to(rows_AC.dtype)
+    missing_NK = places_NK == len(rows_AC)
+    places_NK = places_NK.clamp(max=len(rows_AC) - 1)
+    for place_N, missing_N in zip(places_NK.T, missing_NK.T, strict=True):
+        part_NC = rows_AC.index_select(0, place_N)
+        total_NC += part_NC.masked_fill_(missing_N[:, None], 0)
+    return total_NC.to(rows_AC.dtype)
 
 
 def _one_part(
@@ -264,30 +301,30 @@ def _one_part(
     groups: ExpertGroups,
 ) -> Generator[None, None, Tensor]:
     """One part on its way: [N, C] of this part's tokens. Yields whenever a message is under way."""
-    rows = hidden_NC.index_select(0, route.tokens)
+    rows = _Dispatch.apply(hidden_NC, route)
     probs = probs_NE.flatten().index_select(0, route.entries)
-    trip = RoundTrip(groups.ep, route.received, route.sent).start(rows, probs)
+    exchange = AllToAll(groups.ep, route.received, route.sent).start(rows, probs)
     yield
-    rows, probs = trip.finish()
+    rows, probs = exchange.finish()
 
     shares = groups.etp.size()
     if shares > 1:
         copies = [len(rows)] * shares
-        trip = RoundTrip(groups.etp, route.gathered, copies)
-        trip.start(rows.repeat(shares, 1), probs.repeat(shares))
+        exchange = AllToAll(groups.etp, route.gathered, copies)
+        exchange.start(rows.repeat(shares, 1), probs.repeat(shares))
         yield
-        rows, probs = trip.finish()
+        rows, probs = exchange.finish()
     answers = experts(route.by_expert(rows), route.tokens_per_expert, route.by_expert(probs))
     answers = route.by_rank(answers)
     if shares > 1:
-        trip = RoundTrip(groups.etp, copies, route.gathered).start(answers)
+        exchange = AllToAll(groups.etp, copies, route.gathered).start(answers)
         yield
-        (partial,) = trip.finish()
+        (partial,) = exchange.finish()
         partial = partial.view(shares, -1, partial.shape[-1])
         wide = torch.promote_types(partial.dtype, torch.float32)
         answers = partial.sum(dim=0, dtype=wide).to(partial.dtype)
 
-    trip = RoundTrip(groups.ep, route.sent, route.received).start(answers)
+    exchange = AllToAll(groups.ep, route.sent, route.received).start(answers)
     yield
-    (answers,) = trip.finish()
-    return torch.zeros_like(hidden_NC).index_add(0, route.tokens, answers)
+    (answers,) = exchange.finish()
+    return _Combine.apply(answers, route)

@@ -105,6 +105,12 @@ def _silence_known_warnings() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
+def as_it_is() -> contextlib.AbstractContextManager[None]:
+    """Torch without the detour that ``enable()`` gives every call, for loops of many small ones
+    that name no device. They may not reach Megatron's schedules or dispatchers."""
+    return torch._C.DisableTorchFunction()
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites ``device="cuda"`` (schedules.py:596, moe_utils.py:998, clip_grads.py and others name
     it) and lets ``Tensor.type()`` answer the CUDA names that distrib_optimizer.py:361, :420, :582

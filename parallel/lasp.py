@@ -6,25 +6,26 @@ all-gather brings them to all ranks, and each sums up what enters its own pieces
     S_in = sum over the spans before of exp(-s tokens in between) T_span
 
 in float32 and in the order of the row. The decays are known from lengths and are not sent. Then the
-output pass starts from the right states. The backward is the mirror image, with the gradients that
+output pass starts from the right states, segment by segment of cut documents; all that lies between
+them is one call without states. The backward is the mirror image, with the gradients that
 the outputs of a span give to the state that entered it.
 
 Source: LASP+ of MiniMax-01 (arXiv 2501.08313, section 3.2). What travels does not grow with T.
 
-Shapes: B = 1, T tokens of the local row, H heads, D head width, N segments of the local row, R
-ranks, S states that a rank gives.
+Shapes: B = 1, T tokens of the local row, H heads, D head width, R ranks, S states that a rank
+sends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kernels.lightning import (
     lightning_attention,
@@ -33,40 +34,49 @@ from kernels.lightning import (
     lightning_state_gradient,
 )
 from parallel.exchange import all_gather
-from parallel.state_plan import Carry, StatePlan
+from parallel.state_plan import PrefixSums, StatePlan, Stretch
 
 Entering = dict[int, Tensor]
 """The state [H, D, D] that enters a segment, for those that one enters."""
-Exchange = Callable[[Carry, Tensor, Tensor, dist.ProcessGroup], Callable[[], Entering]]
-"""From the states [S, H, D, D] that this rank gives and the decay [H], to what enters; the call
+Exchange = Callable[[PrefixSums, Tensor, Tensor, dist.ProcessGroup], Callable[[], Entering]]
+"""From the states [S, H, D, D] that this rank sends and the decay [H], to what enters; the call
 starts the exchange and what it returns ends it."""
 
 
 def gather_states(
-    carry: Carry, given_SHDD: Tensor, decay_H: Tensor, group: dist.ProcessGroup
+    sums: PrefixSums, sent_SHDD: Tensor, decay_H: Tensor, group: dist.ProcessGroup
 ) -> Callable[[], Entering]:
     """LASP+: one all-gather of the states of all ranks, and a decayed prefix sum on each."""
-    flight = all_gather(group, given_SHDD)
+    transfer = all_gather(group, sent_SHDD)
 
     def entering() -> Entering:
-        return prefix_sums(carry, flight.wait(), decay_H.to(given_SHDD.dtype))
+        return prefix_sums(sums, transfer.wait(), decay_H.to(sent_SHDD.dtype))
 
     return entering
 
 
-def prefix_sums(carry: Carry, gathered_RSHDD: Tensor, decay_H: Tensor) -> Entering:
+def prefix_sums(sums: PrefixSums, gathered_RSHDD: Tensor, decay_H: Tensor) -> Entering:
     entering = {}
-    for way in carry.ways:
+    for terms in sums.documents:
         state_HDD = torch.zeros_like(gathered_RSHDD[0, 0])
-        mine = [index for index, hop in enumerate(way) if hop.segment is not None]
-        for index, hop in enumerate(way[: mine[-1] + 1] if mine else []):
-            if hop.segment is not None and index > 0:
-                entering[hop.segment] = state_HDD
-            if hop.slot is not None:
-                kept_H11 = torch.exp(decay_H * -hop.tokens)[:, None, None]
-                given_HDD = gathered_RSHDD[hop.rank, hop.slot]
-                state_HDD = torch.addcmul(given_HDD, kept_H11, state_HDD)
+        mine = [index for index, term in enumerate(terms) if term.segment is not None]
+        for index, term in enumerate(terms[: mine[-1] + 1] if mine else []):
+            if term.segment is not None and index > 0:
+                entering[term.segment] = state_HDD
+            if term.slot is not None:
+                kept_H11 = torch.exp(decay_H * -term.tokens)[:, None, None]
+                added_HDD = gathered_RSHDD[term.rank, term.slot]
+                state_HDD = torch.addcmul(added_HDD, kept_H11, state_HDD)
     return entering
+
+
+class _Computed(NamedTuple):
+    """What the backward needs of one stretch. Edges, not tensors: the final state itself is of no
+    further use."""
+
+    stretch: Stretch
+    heads: tuple[Tensor, ...]
+    edges: list[GradientEdge]
 
 
 class Lasp:
@@ -89,7 +99,7 @@ class Lasp:
         backend: str = "auto",
         exchange: Exchange = gather_states,
     ) -> Lasp:
-        """Compute the states that this rank gives, and send them.
+        """Compute the states that this rank is to send, and send them.
 
         Args:
             heads: q, k and v `[1, T, H, D]`, or one `[1, T, H, 3 D]` with those of a head side by
@@ -118,13 +128,14 @@ class Lasp:
         self._cu_seqlens, self._exchange, self._options = cu_seqlens, exchange, options
         self._differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
         self._heads = heads
+        self._computed: list[_Computed] = []
         if plan.forward.slots:
             self._stand_in = _Begin.apply(self, *heads)
 
     def finish(self) -> Tensor:
         """The output `[1, T, H, D]`. Gradients reach the heads of all ranks. Call it once."""
         if not self._plan.forward.slots:
-            return self._attend(self._heads, None, False)
+            return self._attend(self._heads, self._cu_seqlens)
         stand_in, self._stand_in = self._stand_in, None
         return _Finish.apply(self, stand_in)
 
@@ -133,62 +144,79 @@ class Lasp:
         self._send(self._plan.forward, k, v, lightning_state)
 
     def _outputs(self) -> Tensor:
-        initial_state = self._arrived()
-        needs_final = self._differentiated and bool(self._plan.forward.given)
+        entering = self._received()
+        self._heads = tuple(x.detach() for x in self._heads)
+        outputs = [self._output(stretch, entering) for stretch in self._plan.stretches]
+        return _joined(outputs)
+
+    def _output(self, stretch: Stretch, entering: Entering) -> Tensor:
+        tokens = self._plan.tokens(stretch.first, stretch.last)
+        state_HDD = entering.get(stretch.first) if stretch.is_cut else None
+        options: dict[str, Any] = {}
+        if state_HDD is not None:
+            options["initial_state"] = state_HDD[None]
+        if self._differentiated and stretch.is_cut and stretch.first in self._plan.forward.sent:
+            options["return_final_state"] = True
         with torch.set_grad_enabled(self._differentiated):
-            heads = tuple(x.detach().requires_grad_(self._differentiated) for x in self._heads)
-            result = self._attend(heads, initial_state, needs_final)
-        results = result if needs_final else (result,)
+            heads = tuple(x[:, tokens].requires_grad_(self._differentiated) for x in self._heads)
+            result = self._attend(heads, self._bounds_of(stretch), **options)
+        results = result if isinstance(result, tuple) else (result,)
         if self._differentiated:
-            # Edges, not tensors: the final states themselves are of no further use.
-            self._heads, self._edges = heads, [get_gradient_edge(x) for x in results]
+            edges = [get_gradient_edge(x) for x in results]
+            self._computed.append(_Computed(stretch, heads, edges))
         return results[0].detach()
 
     def _send_state_gradients(self, d_o: Tensor) -> None:
         q, _, _ = _views(self._heads)
-        self._send(self._plan.backward, q.detach(), d_o, lightning_state_gradient)
+        self._send(self._plan.backward, q, d_o, lightning_state_gradient)
 
     def _gradients(self, d_o: Tensor) -> tuple[Tensor, ...]:
-        d_results = [d_o, self._arrived()]
-        (edges, heads), self._edges, self._heads = (self._edges, self._heads), [], ()
-        return torch.autograd.grad(edges, heads, d_results[: len(edges)])
+        leaving = self._received()
+        computed, self._computed, self._heads = self._computed, [], ()
+        d_results: list[Tensor] = []
+        for stretch, _, edges in computed:
+            d_results.append(d_o[:, self._plan.tokens(stretch.first, stretch.last)])
+            if len(edges) > 1:
+                d_results.append(leaving[stretch.first][None])
+        # One pass for all stretches: where activations are recomputed, each pass would do so anew,
+        # and exchange states again, as often as this rank has stretches.
+        gradients = torch.autograd.grad(
+            [edge for one in computed for edge in one.edges],
+            [head for one in computed for head in one.heads],
+            d_results,
+        )
+        kinds = len(computed[0].heads)
+        return tuple(_joined(gradients[kind::kinds]) for kind in range(kinds))
 
-    def _attend(
-        self, heads: tuple[Tensor, ...], initial_state: Tensor | None, return_final_state: bool
-    ) -> Any:
+    def _attend(self, heads: tuple[Tensor, ...], cu_seqlens: Tensor | None, **states: Any) -> Any:
         attend: Callable[..., Any] = (
             lightning_attention_qkv if len(heads) == 1 else lightning_attention
         )
-        return attend(
-            *heads,
-            self._decay,
-            cu_seqlens=self._cu_seqlens,
-            initial_state=initial_state,
-            return_final_state=return_final_state,
-            **self._options,
-        )
+        return attend(*heads, self._decay, cu_seqlens=cu_seqlens, **states, **self._options)
 
-    def _send(self, carry: Carry, a: Tensor, b: Tensor, state_of: Callable[..., Tensor]) -> None:
+    def _bounds_of(self, stretch: Stretch) -> Tensor | None:
+        """`cu_seqlens` of its segments, where it has several."""
+        if stretch.last - stretch.first == 1:
+            return None
+        begin = self._plan.bounds[stretch.first]
+        return self._cu_seqlens[stretch.first : stretch.last + 1] - begin
+
+    def _send(
+        self, sums: PrefixSums, a: Tensor, b: Tensor, state_of: Callable[..., Tensor]
+    ) -> None:
         """Start the exchange of the states that `state_of` makes from two rows of heads."""
         dtype = torch.promote_types(a.dtype, torch.float32)
-        given_SHDD = a.new_zeros(carry.slots, *a.shape[2:], b.shape[3], dtype=dtype)
-        for slot, segment in enumerate(carry.given):
-            tokens = self._plan.segment(segment)
+        sent_SHDD = a.new_zeros(sums.slots, *a.shape[2:], b.shape[3], dtype=dtype)
+        for slot, segment in enumerate(sums.sent):
+            tokens = self._plan.tokens(segment, segment + 1)
             state_1HDD = state_of(a[:, tokens], b[:, tokens], self._decay, **self._options)
-            given_SHDD[slot] = state_1HDD[0]
-        self._entering = self._exchange(carry, given_SHDD, self._decay, self._group)
+            sent_SHDD[slot] = state_1HDD[0]
+        self._entering = self._exchange(sums, sent_SHDD, self._decay, self._group)
 
-    def _arrived(self) -> Tensor | None:
-        """`[N, H, D, D]`, zero for segments that nothing enters; None where nothing enters any."""
+    def _received(self) -> Entering:
         entering = self._entering()
         del self._entering  # it holds the states of all ranks
-        if not entering:
-            return None
-        first = next(iter(entering.values()))
-        states_NHDD = first.new_zeros(len(self._plan.bounds) - 1, *first.shape)
-        for segment, state_HDD in entering.items():
-            states_NHDD[segment] = state_HDD
-        return states_NHDD
+        return entering
 
 
 class _Begin(torch.autograd.Function):
@@ -226,3 +254,8 @@ class _Finish(torch.autograd.Function):
 def _views(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """q, k and v [1, T, H, D]."""
     return heads[0].chunk(3, dim=-1) if len(heads) == 1 else heads
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Stretches of tokens as one row."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

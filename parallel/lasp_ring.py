@@ -13,31 +13,30 @@ from torch import Tensor
 
 from parallel.exchange import swap
 from parallel.lasp import Entering
-from parallel.state_plan import Carry
+from parallel.state_plan import PrefixSums
 
 
 def pass_states(
-    carry: Carry, given_SHDD: Tensor, decay_H: Tensor, group: dist.ProcessGroup
+    sums: PrefixSums, sent_SHDD: Tensor, decay_H: Tensor, group: dist.ProcessGroup
 ) -> Callable[[], Entering]:
     """An exchange for `parallel.lasp.Lasp`: all of it runs where the result is asked for."""
+    nothing = sent_SHDD[:0]
 
     def entering() -> Entering:
         found: Entering = {}
-        for way in carry.ways:
-            for index, hop in enumerate(way):
-                if hop.segment is None:
+        for terms in sums.documents:
+            for index, term in enumerate(terms):
+                if term.segment is None:
                     continue
-                state_HDD = torch.zeros_like(given_SHDD[0])
+                state_HDD = torch.zeros_like(sent_SHDD[0])
                 if index > 0:
-                    arriving = swap(
-                        group, (hop.rank, given_SHDD[:0]), (way[index - 1].rank, state_HDD)
-                    )
-                    found[hop.segment] = arriving.wait()
-                if hop.slot is not None:
-                    kept_H11 = torch.exp(decay_H.to(state_HDD.dtype) * -hop.tokens)[:, None, None]
-                    leaving_HDD = torch.addcmul(given_SHDD[hop.slot], kept_H11, state_HDD)
-                    after = way[index + 1].rank
-                    swap(group, (after, leaving_HDD), (after, given_SHDD[:0])).wait()
+                    before = terms[index - 1].rank
+                    found[term.segment] = swap(group, (before, nothing), (before, state_HDD)).wait()
+                if term.slot is not None:
+                    kept_H11 = torch.exp(decay_H.to(state_HDD.dtype) * -term.tokens)[:, None, None]
+                    leaving_HDD = torch.addcmul(sent_SHDD[term.slot], kept_H11, state_HDD)
+                    after = terms[index + 1].rank
+                    swap(group, (after, leaving_HDD), (after, nothing)).wait()
         return found
 
     return entering

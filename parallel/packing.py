@@ -8,7 +8,7 @@ N  segments in the row: documents, then at most one segment of padding per joine
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -35,6 +35,8 @@ class PackedRow:
                      plans work from segment lengths never waits for the device
     shard       where this part of a row lies in the whole one; None for a whole row. Positions and
                 labels are those of the whole row.
+    extra       [T, ...] tensors by name that a loss needs of each token; cut and moved with the
+                row, and 0 in padding
     """
 
     tokens: Tensor
@@ -46,6 +48,7 @@ class PackedRow:
     cu_seqlens_host: Tensor = None  # type: ignore[assignment]  # filled in from cu_seqlens
     shard: Shard | None = None
     padding: Tensor = None  # type: ignore[assignment]  # filled in
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cu_seqlens_host is None:
@@ -95,7 +98,8 @@ class PackedRow:
         """The same row with every tensor but `cu_seqlens_host` on `device`."""
         names = (*_PER_TOKEN, "cu_seqlens")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return replace(self, **moved)
+        extra = {k: v.to(device, non_blocking=non_blocking) for k, v in self.extra.items()}
+        return replace(self, **moved, extra=extra)
 
     def padded(self, multiple: int) -> PackedRow:
         """The row with a masked segment at its end that makes T a multiple of `multiple`."""
@@ -113,6 +117,7 @@ class PackedRow:
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=self.cu_seqlens.device),
             max_seqlen=max(end - begin for begin, end in pairwise(bounds)),
             shard=Shard(cut, rank),
+            extra={name: cut.take(value, rank) for name, value in self.extra.items()},
         )
 
     @property
@@ -147,7 +152,18 @@ def concatenate(rows: Sequence[PackedRow]) -> PackedRow:
         cu_seqlens=cu_seqlens.to(rows[0].cu_seqlens.device),
         max_seqlen=max(row.max_seqlen for row in rows),
         cu_seqlens_host=cu_seqlens,
+        extra=_joined_extra(rows),
     )
+
+
+def _joined_extra(rows: Sequence[PackedRow]) -> dict[str, Tensor]:
+    kinds = {name: value for row in rows for name, value in row.extra.items()}
+    return {
+        name: torch.cat(
+            [row.extra.get(name, value.new_zeros(len(row), *value.shape[1:])) for row in rows]
+        )
+        for name, value in kinds.items()
+    }
 
 
 def _check_labels(documents: Sequence[Tensor], labels: Sequence[Tensor] | None) -> None:

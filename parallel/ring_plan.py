@@ -16,7 +16,7 @@ from parallel.partial_attention import Rectangle
 
 @dataclass(frozen=True)
 class RingStep:
-    """One visit of keys.
+    """One step of the ring: keys to one rank, and from one.
 
     Attributes:
         target, source: ranks to send to and to receive from.

@@ -1,15 +1,15 @@
 """Causal softmax attention over a packed row that is cut over the ranks of a group.
 
-A rank attends to its own segments first, then to the keys that visit it, which travel while it
-computes. Each document's offset says which queries see a visiting key: those in later pieces, so a
-visit is a few full rectangles, without a mask. The backward lets the keys visit again and sends
-their float32 gradients back.
+A rank attends to its own segments first, then step by step to the keys of other ranks, which travel
+while it computes. Each document's offset says which queries see a received key: those in later
+pieces, so a step is a few full rectangles, without a mask. The backward receives the keys again and
+sends their float32 gradients back.
 
 Source: the varlen ring attention of MiniMax-01 (arXiv 2501.08313, section 3.2). Keys go straight to
 the ranks that need them rather than from neighbour to neighbour: documents on one rank cost no
 messages, and no rank waits until others have computed.
 
-Shapes: T tokens of the local row, S visiting keys, H query heads, K key/value heads, D head width.
+Shapes: T tokens of the local row, S received keys, H query heads, K key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.exchange import Flight, swap
+from parallel.exchange import Transfer, swap
 from parallel.partial_attention import (
     Options,
     PartialGradients,
@@ -67,10 +67,10 @@ class _RingAttention(torch.autograd.Function):
         group: dist.ProcessGroup,
         options: Options,
     ) -> Tensor:
-        visits = _Visits(k, v, plan.steps, group)
+        received = _ReceivedKeys(k, v, plan.steps, group)
         out, lse = attend_segments(q, k, v, plan.bounds, options)
         attend_rectangles(out, lse, q, k, v, plan.own, options)
-        for step, k_in, v_in in visits:
+        for step, k_in, v_in in received:
             attend_rectangles(out, lse, q, k_in, v_in, step.rectangles, options)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -81,30 +81,30 @@ class _RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        visits = _Visits(k, v, ctx.plan.steps, ctx.group)
+        received = _ReceivedKeys(k, v, ctx.plan.steps, ctx.group)
         gradients = PartialGradients(d_out, q, out, lse, ctx.options)
         dk, dv = gradients.of_segments(k, v, ctx.plan.bounds)
         gradients.add_rectangles(k, v, ctx.plan.own, dk, dv)
-        returning = _Returning(dk, dv, ctx.group)
-        for step, k_in, v_in in visits:
+        key_gradients = _KeyGradients(dk, dv, ctx.group)
+        for step, k_in, v_in in received:
             d_kv = _empty_kv(dk, step.incoming).zero_()
             gradients.add_rectangles(k_in, v_in, step.rectangles, *d_kv.chunk(2, dim=1))
-            returning.send(step, d_kv)
-        returning.finish()
+            key_gradients.send(step, d_kv)
+        key_gradients.finish()
         return gradients.dq_THD.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-class _Visits:
-    """The keys and values [S, K, D] of other ranks, those of the next visit under way while one is
-    looked at. The first depart at once."""
+class _ReceivedKeys:
+    """The keys and values [S, K, D] of other ranks, step by step; those of the next step are under
+    way while one is computed with. The first are sent at once."""
 
     def __init__(
         self, k: Tensor, v: Tensor, steps: Sequence[RingStep], group: dist.ProcessGroup
     ) -> None:
         self._k, self._v, self._steps, self._group = k, v, steps, group
-        self._under_way = self._depart(0)
+        self._under_way = self._send(0)
 
-    def _depart(self, index: int) -> Flight | None:
+    def _send(self, index: int) -> Transfer | None:
         if index == len(self._steps):
             return None
         step, k, v = self._steps[index], self._k, self._v
@@ -117,30 +117,30 @@ class _Visits:
         for index, step in enumerate(self._steps):
             assert self._under_way is not None
             kv = self._under_way.wait()
-            self._under_way = self._depart(index + 1)
+            self._under_way = self._send(index + 1)
             yield step, *kv.chunk(2, dim=1)
 
 
-class _Returning:
-    """The gradients of visiting keys on their way to the ranks that own them, while the next are
-    computed; what comes back here is added to `dk` and `dv`."""
+class _KeyGradients:
+    """The gradients of received keys and values on their way to the ranks that own them, while the
+    next are computed; those of keys of this rank are added to `dk` and `dv`."""
 
     def __init__(self, dk: Tensor, dv: Tensor, group: dist.ProcessGroup) -> None:
         self._dk, self._dv, self._group = dk, dv, group
-        self._under_way: tuple[RingStep, Flight] | None = None
+        self._under_way: tuple[RingStep, Transfer] | None = None
 
     def send(self, step: RingStep, d_kv: Tensor) -> None:
         self.finish()
-        incoming = _empty_kv(self._dk, step.sent)
-        flight = swap(self._group, (step.source, d_kv), (step.target, incoming))
-        self._under_way = step, flight
+        own = _empty_kv(self._dk, step.sent)
+        transfer = swap(self._group, (step.source, d_kv), (step.target, own))
+        self._under_way = step, transfer
 
     def finish(self) -> None:
         if self._under_way:
-            step, flight = self._under_way
-            d_kv = flight.wait().split([part.stop - part.start for part in step.outgoing])
-            for part, returned in zip(step.outgoing, d_kv, strict=True):
-                dk, dv = returned.chunk(2, dim=1)
+            step, transfer = self._under_way
+            d_kv = transfer.wait().split([part.stop - part.start for part in step.outgoing])
+            for part, added in zip(step.outgoing, d_kv, strict=True):
+                dk, dv = added.chunk(2, dim=1)
                 self._dk[part] += dk
                 self._dv[part] += dv
             self._under_way = None

@@ -19,8 +19,8 @@ heads of width D, and 4 bytes a number:
     ring      forward 4 * 2KD * sent; backward the same and 4 * 2KD * seen, for the keys that this
               rank sends and sees of others
     gather    forward 4 * 2KD * (R-1) T/R; backward twice that
-    LASP+     4 * HDD * (R-1) * S in each direction whatever T, S the most states that a rank gives
-    LASP-1    4 * HDD * (states that this rank gives), in each direction
+    LASP+     4 * HDD * (R-1) * S in each direction whatever T, S the most states that a rank sends
+    LASP-1    4 * HDD * (states that this rank sends), in each direction
 
 Memory is the peak above what the process held before its inputs were made. Processes share this
 machine's cores: a time at R processes is not that of R machines.
@@ -29,12 +29,7 @@ machine's cores: a time at R processes is not that of R machines.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import multiprocessing
-import os
-import socket
 import statistics
 import sys
 import time
@@ -60,6 +55,8 @@ from parallel.lasp_ring import pass_states
 from parallel.layout import CUTS
 from parallel.shard import Shard
 from parallel.varlen_ring import ring_attention
+from tools.memory import forget_peak, peak_bytes
+from tools.ranks import on_ranks
 
 FLOAT = 4
 
@@ -123,31 +120,39 @@ def formulas(case: Case, shard: Shard) -> dict[str, tuple[int, int]]:
         "ring": (key * sent, key * (sent + seen)),
         "gather": (key * whole, 2 * key * whole),
         "LASP+": (state * others * forward.slots, state * others * backward.slots),
-        "LASP-1": (state * len(forward.given), state * len(backward.given)),
+        "LASP-1": (state * len(forward.sent), state * len(backward.sent)),
     }
 
 
 def measure(case: Case) -> list[Measurement]:
-    """Every layer on this rank. Collective."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    shard = Shard(Cut.of(case.bounds, ranks, case.cut), rank)
-    expected = formulas(case, shard)
-    found = []
-    for name, (attend, heads) in layers(case, shard).items():
-        sizes = [(shard.cut.local_tokens, number, case.width) for number in heads]
-        _passes(attend, sizes)  # what libraries take once is not the layer's
-        held = _forget_peak()
-        seconds = []
-        for _ in range(case.steps):
-            dist.barrier()
-            started = time.perf_counter()
-            forward, backward = _passes(attend, sizes)
-            dist.barrier()
-            seconds.append(time.perf_counter() - started)
-        peak = _status("VmHWM") - held
-        _check(name, (forward, backward), expected[name])
-        found.append(Measurement(name, ranks, forward.bytes, backward.bytes, peak, seconds))
-    return found
+    """Every layer on this rank, a gloo process among others. Collective."""
+    # One of the calls has another name from torch 2.13 on.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated.*")
+    dist.init_process_group("gloo")
+    try:
+        shard = Shard(Cut.of(case.bounds, dist.get_world_size(), case.cut), dist.get_rank())
+        return [_measure_layer(name, case, shard) for name in layers(case, shard)]
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure_layer(name: str, case: Case, shard: Shard) -> Measurement:
+    attend, heads = layers(case, shard)[name]
+    sizes = [(shard.cut.local_tokens, number, case.width) for number in heads]
+    _passes(attend, sizes)  # what libraries take once is not the layer's
+    # One pass alone: what it frees may stay with the process, and the next take other memory.
+    held = forget_peak()
+    forward, backward = _passes(attend, sizes)
+    peak = peak_bytes() - held
+    seconds = []
+    for _ in range(case.steps):
+        dist.barrier()
+        started = time.perf_counter()
+        _passes(attend, sizes)
+        dist.barrier()
+        seconds.append(time.perf_counter() - started)
+    _check(name, (forward, backward), formulas(case, shard)[name])
+    return Measurement(name, shard.cut.ranks, forward.bytes, backward.bytes, peak, seconds)
 
 
 def _passes(
@@ -166,43 +171,6 @@ def _check(name: str, traffic: tuple[Traffic, Traffic], expected: tuple[int, int
     counted_bytes = tuple(one.bytes for one in traffic)
     if counted_bytes != expected:
         raise SystemExit(f"{name} sent {counted_bytes} bytes, its formula says {expected}")
-
-
-def _forget_peak() -> int:
-    """Give free memory back to the system and start the peak anew from the bytes held."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def over_processes(ranks: int, case: Case) -> list[list[Measurement]]:
-    """`measure` on each of `ranks` gloo processes, in rank order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(ranks) as pool:
-        arguments = [(rank, ranks, port, case) for rank in range(ranks)]
-        return pool.starmap(_on_rank, arguments, chunksize=1)
-
-
-def _on_rank(rank: int, ranks: int, port: int, case: Case) -> list[Measurement]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    # One of the calls has another name from torch 2.13 on.
-    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated.*")
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    try:
-        return measure(case)
-    finally:
-        dist.destroy_process_group()
 
 
 def sampled_rows(tokens: int, samples: int) -> Iterator[tuple[str, list[list[int]]]]:
@@ -272,7 +240,7 @@ def main() -> None:
     print(f"{'layer':<10}{'cp':>4}{'MiB sent':>14}{'peak MiB':>16}{'seconds':>12}")
     found = []
     for ranks in args.cp:
-        found.append(over_processes(ranks, case))
+        found.append(on_ranks(ranks, measure, case))
         print_layers(found[-1])
     if args.out:
         report = [asdict(one) for ranks in found for rank in ranks for one in rank]

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _RANDOM = 1 << 24  # numbers that all tensors are cut from, each at another place
 
 
-def main() -> None:
-    args = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
     values = yaml.safe_load((ROOT / f"conf/model/{args.model}.yaml").read_text())
     model = ModelConfig(**values)
     source, checkpoint, back = (args.folder / name for name in ("source", "checkpoint", "back"))

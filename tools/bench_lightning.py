@@ -11,7 +11,8 @@ the share of the bandwidth of a large copy, measured first, that the smallest tr
 k, v and o forward; q, k, v, do, dq, dk and dv backward.
 
 On a GPU the shapes are those of MiniMax-M1, on a CPU small ones in FP32. On a CPU memory is that of
-a process of its own. `--tune` times launches of the fused kernel instead, to fill its table.
+a process of its own. `--tune` times launches of the fused kernel and lengths of its pieces instead,
+to fill its table and to set its rule.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from kernels.lightning import lightning_attention, lightning_attention_qkv
 from kernels.triton_runtime import INTERPRETED
 from tools.bench_train import processor
 from tools.lightning_peers import Chunked, Fla, HuggingFace, Ours, Peer, Shape
-from tools.timing import best_of, bytes_added, copy_bandwidth, rounds
+from tools.memory import bytes_added
+from tools.timing import best_of, copy_bandwidth, rounds
 
 CPU_LENGTHS = [4096, 8192, 16384, 32768, 65536]
 GPU_LENGTHS = [8192, 32768, 131072]
@@ -49,6 +51,7 @@ CHUNK = 64
 FORWARD, BACKWARD = "forward", "forward + backward"
 FORWARD_TENSORS, BACKWARD_TENSORS = 4, 7
 LARGEST_ERROR = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+BY_RULE = "pieces by the rule"
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention")
 
 
@@ -259,40 +262,60 @@ def print_memory(found: dict[str, list[int | None]], shapes: list[Shape]) -> Non
 
 
 def tune(shape: Shape, device: torch.device, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Print the fastest launches of the fused kernel, and the place of that of its table.
+    """Print the fastest launches of the fused kernel and lengths of its pieces, and the places of
+    those that it takes by itself.
 
-    Returns all rounds of each launch, without and with SiLU.
+    Returns all rounds of each, without and with SiLU.
     """
-    from triton.runtime.errors import OutOfResources
-
     from kernels.lightning import fused
 
     q, k, v, d_o = shape.inputs(device, 4)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    decay, cu_seqlens = shape.decay(device), shape.cu_seqlens(device)
+    given = q, k, v, shape.decay(device), shape.cu_seqlens(device), None
+
+    def call(inside: bool, config: fused.Config | None, piece: int | None) -> None:
+        _, _, states = fused.forward(*given, False, inside, True, config, piece)
+        gradients = dq, dk, dv
+        fused.backward(d_o, None, *given, states, inside, *gradients, False, config, piece)
+
     tiles = [tile for tile in (16, 32, 64, 128) if tile <= shape.width]
     choices = itertools.product((32, 64, 128), tiles, (4, 8), (1, 2, 3))
-    launches = [fused.Config(*choice) for choice in choices]
-
-    def call(config: fused.Config, inside: bool) -> None:
-        call = q, k, v, decay, cu_seqlens, None
-        _, _, states = fused.forward(*call, False, inside, True, config)
-        fused.backward(d_o, None, *call, states, inside, dq, dk, dv, False, config)
-
+    launches = {str(launch): launch for launch in itertools.starmap(fused.Config, choices)}
+    # The last is longer than the row, which leaves documents whole.
+    lengths = [2**power for power in range(7, shape.tokens.bit_length() + 1)]
     found = {}
     for inside in (False, True):
-        table = fused.config_for(shape.width, shape.width, shape.dtype, inside)
-        calls = {str(config): partial(call, config, inside) for config in (table, *launches)}
-        too_large = (torch.OutOfMemoryError, OutOfResources)
-        timed = rounds(calls, device, seconds / len(calls), too_large)
-        ranked = sorted(timed, key=lambda name: best_of(timed[name], device))
-        print(f"\nForward + backward, SiLU {'inside' if inside else 'before'}, {shape}")
-        for place, name in enumerate(ranked, 1):
-            if place <= 5 or name == str(table):
-                mark = "  <- table" if name == str(table) else ""
-                print(f"  {place:3}.{best_of(timed[name], device) * 1e3:9.3f} ms  {name}{mark}")
-        found["silu" if inside else "plain"] = timed
+        what = f"Forward + backward, SiLU {'inside' if inside else 'before'}, {shape}"
+        table = str(fused.config_for(shape.width, shape.width, shape.dtype, inside))
+        calls: dict[str, Callable[[], None]] = {table: partial(call, inside, None, None)}
+        calls |= {name: partial(call, inside, launch, None) for name, launch in launches.items()}
+        by_launch = print_ranked(what, calls, table, device, seconds)
+        calls = {BY_RULE: partial(call, inside, None, None)}
+        calls |= {f"pieces of {length}": partial(call, inside, None, length) for length in lengths}
+        by_piece = print_ranked(what, calls, BY_RULE, device, seconds)
+        found["silu" if inside else "plain"] = by_launch | by_piece
     return found
+
+
+def print_ranked(
+    what: str,
+    calls: dict[str, Callable[[], None]],
+    chosen: str,
+    device: torch.device,
+    seconds: float,
+) -> dict[str, list[float]]:
+    """Print the fastest of `calls`, timed for `seconds` in all, and the place of `chosen`."""
+    from triton.runtime.errors import OutOfResources
+
+    too_large = (torch.OutOfMemoryError, OutOfResources)
+    timed = rounds(calls, device, seconds / len(calls), too_large)
+    ranked = sorted(timed, key=lambda name: best_of(timed[name], device))
+    print(f"\n{what}")
+    for place, name in enumerate(ranked, 1):
+        if place <= 5 or name == chosen:
+            mark = "  <- its own choice" if name == chosen else ""
+            print(f"  {place:3}.{best_of(timed[name], device) * 1e3:9.3f} ms  {name}{mark}")
+    return timed
 
 
 def peers_for(device: torch.device, compiled: bool) -> list[Peer]:

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import resource
-import socket
 import sys
 import tempfile
 import time
@@ -39,6 +36,8 @@ from megatron_m1.config import (
 from megatron_m1.model.config import ModelConfig
 from parallel import host
 from parallel.layout import Layout
+from tools.memory import peak_bytes
+from tools.ranks import on_ranks
 
 SEED = 1
 CLOSE = 1e-5
@@ -89,6 +88,7 @@ def write_documents(folder: str, tokens: int, number: int, vocabulary: int) -> N
 
 def measure(config: RunConfig) -> Measurement:
     """All steps of a run on this rank. Collective."""
+    host.enable()
     from megatron_m1.runtime import processes
     from megatron_m1.training.run import build_run
     from megatron_m1.training.step import train_step
@@ -100,31 +100,16 @@ def measure(config: RunConfig) -> Measurement:
             started = time.perf_counter()
             losses.append(train_step(run).loss)
             seconds.append(time.perf_counter() - started)
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            peaks.append(peak_bytes())
     return Measurement(config.train.seq_length, config.parallel.cp, losses, seconds, peaks[0])
-
-
-def on_rank(rank: int, port: int, config: RunConfig) -> Measurement:
-    cp = config.parallel.cp
-    if cp > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(cp), LOCAL_RANK=str(rank))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(max((os.cpu_count() or 1) // cp, 1))
-    host.enable()
-    return measure(config)
 
 
 def over_processes(cp: int, tokens: int, steps: int = 1) -> list[Measurement]:
     """`measure` on each of `cp` new processes, in rank order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(tokens, cp, steps, folder)
         write_documents(folder, tokens, steps, config.model.vocab_size)
-        with multiprocessing.get_context("spawn").Pool(cp) as pool:
-            ranks = [(rank, port, config) for rank in range(cp)]
-            return pool.starmap(on_rank, ranks, chunksize=1)
+        return on_ranks(cp, measure, config, threads=max((os.cpu_count() or 1) // cp, 1))
 
 
 def compare(tokens: int, cp: int) -> None:

@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from torch import Tensor
 from megatron_m1.config import OptimConfig
 from megatron_m1.model.config import ModelConfig
 from parallel import host
+from tools.memory import peak_bytes
 
 SEED = 1
 OPTIM = OptimConfig(lr=1e-4, distributed=False)
@@ -145,12 +145,6 @@ SIDES = {
     "ours": (ours, "megatron_m1.model.build"),
     "hf": (theirs, "transformers.models.minimax.modeling_minimax"),
 }
-
-
-def peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure(side: str, model: ModelConfig, length: int, dtype: str, steps: int) -> Measurement:

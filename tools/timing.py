@@ -1,11 +1,10 @@
-"""How long calls take and how much memory they add, on a CPU or a GPU."""
+"""How long calls take, on a CPU or a GPU."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -62,26 +61,3 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.zeros_like(source)
     (timings,) = rounds({"copy": lambda: target.copy_(source)}, device, 0.5).values()
     return 2 * source.nbytes / best_of(timings, device)
-
-
-def bytes_added(call: Call, device: torch.device) -> int:
-    """How far one call takes memory beyond what is held before it, at its peak. On Linux or a GPU.
-
-    On a CPU memory that an earlier call freed may still be held, so let it be the first.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    # The peak starts anew from what the process holds now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_bytes("VmRSS")
-    call()
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(field: str) -> int:
-    """`VmRSS`, what the process holds, or `VmHWM`, the most that it held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -56,7 +56,7 @@ def gated_rms_norm(
         tensor argument.
 
     Raises:
-        ValueError: a shape, dtype, eps or backend that does not fit.
+        ValueError: a shape, dtype, device, eps or backend that does not fit.
     """
     _check_inputs(x, gate, weight, mean_square)
     if not eps > 0:
@@ -103,6 +103,12 @@ def _check_inputs(x: Tensor, gate: Tensor, weight: Tensor, mean_square: Tensor |
         raise ValueError(
             "x and gate must be [..., W] and weight [W], got "
             f"{list(x.shape)}, {list(gate.shape)} and {list(weight.shape)}"
+        )
+    devices = {y.device: None for y in (x, gate, weight, mean_square) if y is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            "x, gate, weight and mean_square must be on one device, got "
+            f"{', '.join(map(str, devices))}"
         )
     if mean_square is None:
         return

@@ -21,7 +21,7 @@ def lightning_decode(
     v: Tensor,
     decay: Tensor,
     states: Tensor,
-    slots: Tensor,
+    slots: Tensor | slice,
     *,
     silu: bool = False,
     backend: str = "auto",
@@ -34,7 +34,8 @@ def lightning_decode(
         decay: `[H]` float32 slopes.
         states: `[P, H, D, Dv]` float32 (float64 for float64 q), contiguous, changed in place.
         slots: `[S]` int32 or int64, which state each sequence has; no two alike. A negative slot
-            is filling: its output is zero and no state is touched.
+            is filling: its output is zero and no state is touched. Or a slice of the pool of S
+            states, which PyTorch then changes where they lie, without copies.
         silu: apply SiLU to q, k and v first.
         backend: as in `lightning_attention`; "reference" is the portable path.
 
@@ -45,8 +46,12 @@ def lightning_decode(
         ValueError: a shape, dtype, device or backend that does not fit. Slots beyond the pool and
             slots that repeat are the caller's mistake: looking for them would wait for a device.
     """
-    _check(q, k, v, decay, states, slots)
     decode = getattr(choose_backend(backend, q), "decode", _decode)
+    if isinstance(slots, slice):
+        places = range(*slots.indices(states.shape[0]))
+        if decode is not _decode or len(places) != q.shape[0]:
+            slots = torch.tensor(places, device=q.device)
+    _check(q, k, v, decay, states, slots)
     return decode(q, k, v, decay, states, slots, silu)
 
 
@@ -72,8 +77,13 @@ def lightning_prefill(
         cu_seqlens: `[S+1]` int32 borders of the sequences in the row.
         slots: `[S]` int64 or int32, none negative, no two alike.
 
-    Other arguments, result (`[1, T, H, Dv]`) and errors are those of `lightning_attention`.
+    Other arguments are those of `lightning_decode`, the result (`[1, T, H, Dv]`) and further errors
+    those of `lightning_attention`.
     """
+    if q.dim() == 4 and v.dim() == 4:  # lightning_attention names what is wrong with others
+        _check_pool(states, q.dtype, [*q.shape[2:], v.shape[3]])
+    _check_slots(slots, cu_seqlens.numel() - 1)
+    _check_devices(q=q, states=states, slots=slots)
     index = slots.long()
     o, final = lightning_attention(
         q,
@@ -96,24 +106,36 @@ def _decode(
     v_SHDv: Tensor,
     decay_H: Tensor,
     states_PHDDv: Tensor,
-    slots_S: Tensor,
+    slots_S: Tensor | slice,
     silu: bool,
 ) -> Tensor:
     """`lightning_decode` in PyTorch. Filling is left out by index, which waits for a device."""
+    if isinstance(slots_S, slice):
+        return _advance(q_SHD, k_SHD, v_SHDv, decay_H, states_PHDDv[slots_S], silu)
     live = (slots_S >= 0).nonzero()[:, 0]
     index = slots_S.long()[live]
-    q, k, v = (x[live].to(states_PHDDv.dtype) for x in (q_SHD, k_SHD, v_SHDv))
-    if silu:
-        q, k, v = apply_silu(q), apply_silu(k), apply_silu(v)
-    state = states_PHDDv[index] * torch.exp(-decay_H.to(k.dtype))[:, None, None]
-    state.addcmul_(k[..., None], v[..., None, :])
-    states_PHDDv[index] = state
+    state = states_PHDDv[index]
     o_SHDv = torch.zeros(v_SHDv.shape, dtype=v_SHDv.dtype, device=v_SHDv.device)
-    o_SHDv[live] = (q[..., None, :] @ state)[..., 0, :].to(v_SHDv.dtype)
+    o_SHDv[live] = _advance(q_SHD[live], k_SHD[live], v_SHDv[live], decay_H, state, silu)
+    states_PHDDv[index] = state
     return o_SHDv
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, states: Tensor, slots: Tensor) -> None:
+def _advance(
+    q_SHD: Tensor, k_SHD: Tensor, v_SHDv: Tensor, decay_H: Tensor, state_SHDDv: Tensor, silu: bool
+) -> Tensor:
+    """One token onto each state, in place."""
+    q, k, v = (x.to(state_SHDDv.dtype) for x in (q_SHD, k_SHD, v_SHDv))
+    if silu:
+        q, k, v = apply_silu(q), apply_silu(k), apply_silu(v)
+    state_SHDDv.mul_(torch.exp(-decay_H.to(k.dtype))[:, None, None])
+    state_SHDDv.addcmul_(k[..., None], v[..., None, :])
+    return torch.matmul(q[..., None, :], state_SHDDv)[..., 0, :].to(v_SHDv.dtype)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, states: Tensor, slots: Tensor | slice
+) -> None:
     if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             "q and k must be [S, H, D] and v [S, H, Dv], got "
@@ -126,18 +148,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, states: Tensor, slots
             f"decay must be float32 of shape [{q.shape[1]}], got {decay.dtype} of shape "
             f"{list(decay.shape)}"
         )
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    shape = [*q.shape[1:], v.shape[2]]
+    _check_pool(states, q.dtype, [*q.shape[1:], v.shape[2]])
+    _check_devices(q=q, k=k, v=v, decay=decay, states=states)
+    if isinstance(slots, Tensor):
+        _check_slots(slots, q.shape[0])
+        _check_devices(q=q, slots=slots)
+
+
+def _check_pool(states: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    """`shape` is that of one state, `dtype` that of q."""
+    dtype = torch.promote_types(dtype, torch.float32)
     if list(states.shape[1:]) != shape or states.dtype != dtype or not states.is_contiguous():
         raise ValueError(
             f"states must be contiguous {dtype} of shape {['P', *shape]}, got {states.dtype} of "
             f"shape {list(states.shape)} and strides {list(states.stride())}"
         )
-    if slots.shape != q.shape[:1] or slots.dtype not in (torch.int32, torch.int64):
+
+
+def _check_slots(slots: Tensor, sequences: int) -> None:
+    if list(slots.shape) != [sequences] or slots.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"slots must be int32 or int64 of shape [{q.shape[0]}], got {slots.dtype} of shape "
+            f"slots must be int32 or int64 of shape [{sequences}], got {slots.dtype} of shape "
             f"{list(slots.shape)}"
         )
-    devices = [x.device for x in (q, k, v, decay, states, slots)]
-    if any(device != devices[0] for device in devices):
-        raise ValueError(f"q, k, v, decay, states and slots must be on one device, got {devices}")
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    if len({x.device for x in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"{', '.join(tensors)} must be on one device, got {found}")

@@ -282,6 +282,8 @@ def test_triton_is_not_needed() -> None:
         ({"weight": torch.zeros(5)}, r"weight \[W\]"),
         ({"mean_square": torch.zeros(2)}, r"of shape \[2, 1\], got torch.float32 of shape \[2\]"),
         ({"mean_square": torch.zeros(2, 1).bfloat16()}, "mean_square must be torch.float32"),
+        ({"gate": torch.zeros(2, 4, device="meta")}, "must be on one device, got cpu, meta"),
+        ({"mean_square": torch.ones(2, 1, device="meta")}, "one device, got cpu, meta"),
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
     ],
 )
@@ -302,7 +304,14 @@ def test_bad_input(changes: dict[str, object], message: str) -> None:
     ("changes", "message"),
     [
         ({"gate": torch.zeros(2, 4).double()}, "it takes float16, bfloat16 and float32"),
-        ({"x": torch.zeros(2, 4, device="meta")}, "got a tensor on meta"),
+        (
+            {
+                "x": torch.zeros(2, 4, device="meta"),
+                "gate": torch.zeros(2, 4, device="meta"),
+                "weight": torch.zeros(4, device="meta"),
+            },
+            "got a tensor on meta",
+        ),
         (
             {
                 "x": torch.zeros(1, 65536),

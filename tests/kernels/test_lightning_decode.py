@@ -75,6 +75,26 @@ def test_any_split_gives_the_output_of_one_call(backend: str, silu: bool) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_as_wide_as_the_models(backend: str) -> None:
+    """Four steps of two sequences with 128 keys and values, from states that are far from zero."""
+    width, slots = 128, torch.tensor([4, 1])
+    q, k, v = (torch.randn(2, 4, H, width) for _ in range(3))
+    start = 10 * torch.randn(SLOTS, H, width, width)
+    decay, states, slots = devices(backend, DECAY, start.clone(), slots)
+    steps = [devices(backend, *(x[:, t] for x in (q, k, v))) for t in range(4)]
+    o = [lightning_decode(*step, decay, states, slots, backend=backend).cpu() for step in steps]
+    expected, final = lightning_attention(
+        *(x.double() for x in (q, k, v)),
+        DECAY,
+        initial_state=start[[4, 1]].double(),
+        return_final_state=True,
+        backend="reference",
+    )
+    assert relative_error(torch.stack(o, dim=1), expected, 2) < 1e-6
+    assert relative_error(states[slots].cpu(), final, 1) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_filling_touches_no_state(backend: str) -> None:
     q, k, v = make(3)
     states = torch.randn(SLOTS, H, D, DV)
@@ -84,6 +104,20 @@ def test_filling_touches_no_state(backend: str) -> None:
     assert not o[0].any() and not o[2].any() and o[1].any()
     after = tensors[4].cpu()
     assert torch.equal(after[:4], before[:4]) and not torch.equal(after[4], before[4])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slots", [slice(0, 5), slice(1, 4), slice(0, 5, 2), slice(3, 4)])
+def test_a_slice_of_the_pool_is_its_slots(slots: slice, backend: str) -> None:
+    numbers = torch.arange(SLOTS)[slots]
+    q, k, v = make(len(numbers))
+    states = torch.randn(SLOTS, H, D, DV)
+    by_number = devices(backend, q, k, v, DECAY, states, numbers)
+    by_slice = devices(backend, q, k, v, DECAY, states.clone())
+    expected = lightning_decode(*by_number, silu=True, backend=backend)
+    o = lightning_decode(*by_slice, slots, silu=True, backend=backend)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(by_slice[4], by_number[4])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,6 +150,7 @@ def test_portable_decodes_in_float64() -> None:
         ({"states": torch.zeros(SLOTS, H, D, D)}, r"shape \['P', 3, 12, 20\]"),
         ({"states": torch.zeros(SLOTS, H, DV, D).mT}, "contiguous"),
         ({"slots": torch.tensor([0])}, r"of shape \[2\]"),
+        ({"slots": slice(0, 3)}, r"of shape \[2\]"),
         ({"slots": torch.tensor([0.0, 1.0])}, "int32 or int64"),
         ({"backend": "magic"}, "got 'magic'"),
     ],
@@ -126,3 +161,26 @@ def test_bad_input(changes: dict, message: str) -> None:
     good |= {"states": torch.zeros(SLOTS, H, D, DV), "slots": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         lightning_decode(**good | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(1, 3, H, D).double()}, "contiguous torch.float64"),
+        ({"q": torch.zeros(3, H, D)}, r"q and k must be \[B, T, H, D\]"),
+        ({"states": torch.zeros(SLOTS, H, D, D)}, r"shape \['P', 3, 12, 20\]"),
+        ({"states": torch.zeros(SLOTS, H, D, DV).double()}, "contiguous torch.float32"),
+        ({"states": torch.zeros(SLOTS, H, D, DV, device="meta")}, "states on meta"),
+        ({"slots": torch.tensor([0])}, r"of shape \[2\]"),
+        ({"slots": torch.tensor([0.0, 1.0])}, "int32 or int64"),
+    ],
+)
+def test_bad_prefill(changes: dict, message: str) -> None:
+    q, k, v = make(1, 3)
+    good = {"q": q, "k": k, "v": v, "decay": DECAY}
+    good |= {"states": torch.zeros(SLOTS, H, D, DV), "slots": torch.tensor([0, 1])}
+    good |= {"cu_seqlens": torch.tensor([0, 1, 3], dtype=torch.int32)}
+    before = good["states"].clone()
+    with pytest.raises(ValueError, match=message):
+        lightning_prefill(**good | changes)
+    assert torch.equal(good["states"], before)

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.experts import ExpertGroups, RoundTrip, exchange_and_compute, in_turns
+from parallel import host
+from parallel.experts import AllToAll, ExpertGroups, exchange_and_compute, in_turns
 from parallel.layout import Layout
 from tests.distributed import Pool
 
@@ -52,7 +53,7 @@ def test_both_passes_compute_while_messages_travel(
     events: list[str] = []
 
     def watched(name: str) -> Callable[..., Any]:
-        method = getattr(RoundTrip, name)
+        method = getattr(AllToAll, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             events.append(name)
@@ -60,8 +61,8 @@ def test_both_passes_compute_while_messages_travel(
 
         return call
 
-    for name in ("depart", "land"):
-        monkeypatch.setattr(RoundTrip, name, watched(name))
+    for name in ("send", "receive"):
+        monkeypatch.setattr(AllToAll, name, watched(name))
     world = dist.group.WORLD
     output = exchange_and_compute(
         *tokens_of(0, 12),
@@ -73,11 +74,11 @@ def test_both_passes_compute_while_messages_travel(
     events.clear()
     output.sum().backward()
     assert forward == [
-        *("depart", "depart", "land", "compute", "depart"),
-        *("depart", "land", "compute", "depart", "land"),
-        *("land", "compute", "depart", "land", "land"),
+        *("send", "send", "receive", "compute", "send"),
+        *("send", "receive", "compute", "send", "receive"),
+        *("receive", "compute", "send", "receive", "receive"),
     ]
-    swapped = {"depart": "land", "land": "depart", "compute": "compute"}
+    swapped = {"send": "receive", "receive": "send", "compute": "compute"}
     assert events == [swapped[event] for event in reversed(forward)]
 
 
@@ -158,3 +159,52 @@ def test_like_experts_in_one_process(
         one["second"] = second.chunk(ep)[ep_rank].chunk(etp, dim=1)[etp_rank]
         for name, tensor in one.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def scaled_by_expert(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Outputs and gradients of BF16 tokens of which three experts give 256, 1 and 1 times each."""
+    hidden = torch.ones(5, WIDTH, dtype=torch.bfloat16, device=device, requires_grad=True)
+    routing = torch.tensor([[True, False, True, True]], device=device).expand(5, EXPERTS).clone()
+    routing[2, 0] = False  # a token with fewer experts
+    scale = torch.tensor([256.0, 0.0, 1.0, 1.0], dtype=torch.bfloat16, device=device)
+
+    def experts(rows: Tensor, counts: Tensor, probs: Tensor) -> Tensor:
+        return rows * scale.repeat_interleave(counts.to(device))[:, None]
+
+    world = dist.group.WORLD
+    groups = ExpertGroups(world, world, world)
+    output = exchange_and_compute(hidden, routing.bfloat16(), routing, experts, groups, parts=2)
+    output.backward(torch.ones_like(output))
+    return output.detach(), hidden.grad
+
+
+def test_answers_are_added_in_float32(single_process: Layout) -> None:
+    """In BF16, 256 + 1 is 256."""
+    for sums in scaled_by_expert(host.device()):
+        assert sums[:, 0].tolist() == [258.0, 258.0, 2.0, 258.0, 258.0]
+
+
+@pytest.mark.gpu
+def test_equal_inputs_give_equal_bits(single_process: Layout) -> None:
+    torch.manual_seed(0)
+    tokens = 4096
+    hidden = torch.randn(tokens, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    probs = torch.rand(tokens, 8, device="cuda")
+    routing = torch.zeros_like(probs, dtype=torch.bool)
+    routing.scatter_(1, probs.topk(6, dim=1).indices, True)
+    world = dist.group.WORLD
+
+    def run() -> tuple[Tensor, Tensor]:
+        output = exchange_and_compute(
+            hidden,
+            probs,
+            routing,
+            lambda rows, counts, probs: rows * probs[:, None].bfloat16(),
+            ExpertGroups(world, world, world),
+            parts=2,
+        )
+        return output.detach(), *torch.autograd.grad(output, hidden, output.detach())
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))

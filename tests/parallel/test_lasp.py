@@ -126,6 +126,23 @@ def test_documents_on_one_rank_cost_no_messages(ranks: Callable[[int], Pool]) ->
     assert ranks(2).run(sent_in, cases) == [[(0, 0)] * 2] * 2
 
 
+@pytest.mark.parametrize("kind", CUTS)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_states_are_held_for_segments_of_cut_documents_alone(name: str, kind: str) -> None:
+    cut = Cut.of(borders(name), 4, kind)
+    for rank in range(4):
+        plan = StatePlan.of(cut, rank)
+        segments = [s for one in plan.stretches for s in range(one.first, one.last)]
+        assert segments == list(range(len(plan.bounds) - 1))
+        alone = [plan.tokens(one.first, one.last) for one in plan.stretches if one.is_cut]
+        spans = [span for spans in cut.crossings for span in spans if span.rank == rank]
+        assert alone == sorted((span.local for span in spans), key=lambda part: part.start)
+        assert len(alone) <= 2 * len(cut.of_rank(rank))
+        # The others are as few calls as they can be.
+        together = [one.is_cut for one in plan.stretches]
+        assert (False, False) not in itertools.pairwise(together)
+
+
 class Noted(torch.autograd.Function):
     """The identity, which notes when it is computed."""
 
@@ -145,9 +162,9 @@ def order_of_events() -> list[str]:
     """What happens when, in a layer that computes a gate while states are under way."""
     events: list[str] = []
 
-    def exchange(carry, given, decay, group):
+    def exchange(sums, sent, decay, group):
         events.append("depart")
-        arrive = gather_states(carry, given, decay, group)
+        arrive = gather_states(sums, sent, decay, group)
 
         def arrived():
             events.append("arrive")

@@ -21,7 +21,7 @@ from parallel.partial_attention import (
     attend_rectangles,
     attend_segments,
 )
-from parallel.state_plan import Carry, StatePlan
+from parallel.state_plan import PrefixSums, StatePlan
 
 RANKS = range(4)
 BOUNDS = [0, 5, 305, 306, 396, 512]
@@ -80,11 +80,13 @@ def test_states_of_all_ranks_make_the_whole(kind: str, dtype: torch.dtype) -> No
     expected = lightning_attention_qkv(qkv, decay, cu_seqlens=cu_seqlens, silu=True)
     expected.backward(d_o)
 
-    given_by: dict[int, Tensor] = {}
+    sent_by: dict[int, Tensor] = {}
 
-    def exchange(carry: Carry, given: Tensor, decay: Tensor, rank: int) -> Callable[[], Entering]:
-        given_by[rank] = given
-        return lambda: prefix_sums(carry, torch.stack([given_by[r] for r in RANKS]), decay)
+    def exchange(
+        sums: PrefixSums, sent: Tensor, decay: Tensor, rank: int
+    ) -> Callable[[], Entering]:
+        sent_by[rank] = sent
+        return lambda: prefix_sums(sums, torch.stack([sent_by[r] for r in RANKS]), decay)
 
     rows = [cut.take(qkv.detach(), rank, dim=1).requires_grad_() for rank in RANKS]
     under_way = [

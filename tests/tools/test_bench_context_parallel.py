@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,13 @@ def test_bytes_are_counted_and_match_the_formulas(tmp_path: Path) -> None:
     assert sent[1] == (128 * key, 2 * 128 * key)
     assert sent[2] == sent[6] == (state, state)
     assert all(one["peak_bytes"] > 0 and len(one["seconds"]) == 1 for one in measured)
+    # The table has the busiest rank of each layer at each number of ranks.
+    printed = re.findall(r"^(\S+) +([12]) +([\d.]+) +([\d.]+) +[\d.]+$", done.stdout, re.M)
+    assert [(layer, int(cp)) for layer, cp, *_ in printed] == [
+        (layer, 2) for layer in ("ring", "gather", "LASP+", "LASP-1")
+    ]
+    for layer, _, mebibytes, peak in printed:
+        ranks = [one for one in measured if one["layer"] == layer]
+        most = max(one["sent_forward"] + one["sent_backward"] for one in ranks)
+        assert mebibytes == f"{most / 2**20:.2f}"
+        assert peak == f"{max(one['peak_bytes'] for one in ranks) / 2**20:.1f}"

@@ -1,26 +1,22 @@
-"""tools/bench_convert.py as it is called from a shell in the root of the repository."""
+"""tools/bench_convert.py on the smallest model, each conversion a process of its own."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import pytest
+
+from tools import bench_convert
 
 
-def test_every_way_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
+def test_every_way_is_measured_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "bench"
-    done = subprocess.run(
-        [sys.executable, "tools/bench_convert.py", "--folder", folder, "--model", "tiny"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^(\w+) .*MB/s  peak [\d.]+ GB", done.stdout, re.M) == [
-        *("import", "export", "verify")
-    ]
+    bench_convert.main(["--folder", str(folder), "--model", "tiny"])
+    found = re.findall(r"^(\w+) .*MB/s  peak ([\d.]+) GB", capsys.readouterr().out, re.M)
+    assert [name for name, _ in found] == ["import", "export", "verify"]
+    # Python with torch takes some hundred megabytes; the weights 9.
+    assert all(0.1 < float(peak) < 2 for _, peak in found)
     assert not folder.exists()

@@ -44,19 +44,29 @@ def gradients(config: RunConfig) -> dict[str, Any]:
     return {"loss": loss, "weights": weight_parts(run, lambda weight: weight.main_grad)}
 
 
-@pytest.mark.parametrize("name", ["cp2_tp2", "cp4_ep2"])
-def test_gradients_are_those_of_one_process(
-    name: str, ranks: Callable[[int], Pool], prefix: str
-) -> None:
-    config = small_config("unused", prefix)
-    (one,) = ranks(1).run(gradients, config)
-    size, layout = LAYOUTS[name]
-    results = ranks(size).run(gradients, replace(config, parallel=layout))
+@pytest.fixture(scope="module")
+def one_process(ranks: Callable[[int], Pool], prefix: str) -> dict[str, Any]:
+    return ranks(1).run(gradients, small_config("unused", prefix))[0]
+
+
+def assert_same_gradients(results: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    for result in results:
+        assert result["loss"] == pytest.approx(one["loss"], rel=1e-5)
     whole = whole_weights(results)
-    assert results[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for name, gradient in whole_weights([one]).items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["cp2", "cp2_zigzag", "cp4", "cp2_pp2", "cp2_tp2", "cp2_ep2", "cp4_ep2"]
+)
+def test_gradients_are_those_of_one_process(
+    name: str, ranks: Callable[[int], Pool], prefix: str, one_process: dict[str, Any]
+) -> None:
+    size, layout = LAYOUTS[name]
+    config = small_config("unused", prefix, parallel=layout)
+    assert_same_gradients(ranks(size).run(gradients, config), one_process)
 
 
 @pytest.mark.parametrize("kind", ["balanced", "zigzag"])
@@ -67,8 +77,8 @@ def test_rows_of_any_length_are_padded(
     config = small_config("unused", prefix, model=replace(MODEL, aux_loss_coef=0.0))
     config = replace(config, train=replace(config.train, seq_length=67))
     (one,) = ranks(1).run(gradients, config)
-    results = ranks(4).run(gradients, replace(config, parallel=Layout(cp=4, cp_cut=kind)))
-    assert results[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    layout = Layout(cp=4, cp_cut=kind)
+    assert_same_gradients(ranks(4).run(gradients, replace(config, parallel=layout)), one)
 
 
 def losses_of_tokens(config: RunConfig, row: PackedRow) -> Tensor | None:
