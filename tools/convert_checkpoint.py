@@ -19,6 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's error ends it with its sentence and exit code."""
-    args = _parser().parse_args(arguments)
+    args = command_line().parse_args(arguments)
     try:
         sys.exit(args.run(args))
     except UserError as error:
@@ -87,8 +88,6 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Compare one of our checkpoints with a folder of safetensors; 1 where they differ."""
-    import torch
-
     from megatron_m1.checkpoint import lease
     from megatron_m1.conversion import logits, verification
     from megatron_m1.conversion.distributed_folder import check_files
@@ -99,16 +98,13 @@ def run_verify(args: argparse.Namespace) -> int:
     with lease.reading(path):
         check_files(path, is_full=args.check == "full")
         sides = verification.Sides(checkpoint_weights(path), given.weights)
-        rows = logits.some_tokens(given.model)
-        if args.tokens:
-            from megatron_m1.inference.scoring import read_tokens
-
-            rows = [torch.from_numpy(row) for row in read_tokens(args.tokens)]
+        rows = (
+            logits.given_tokens(args.tokens, given.model)
+            if args.tokens
+            else logits.some_tokens(given.model)
+        )
+        top = partial(logits.compare_logits, sides, path, given, rows)
         failed = False
-
-        def top() -> verification.Rung:
-            return logits.compare_logits(sides, path, given, rows)
-
         for rung in verification.climb(sides, given, args.workers, top):
             print(rung, flush=True)
             failed |= rung.outcome == verification.FAILED
@@ -141,13 +137,14 @@ def _size(text: str) -> int:
     return size
 
 
-def _count(text: str) -> int:
+def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of processes: at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,7 +176,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--hf", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--format", choices=FORMATS, default=FORMATS[0], help=f"default: {FORMATS[0]}")
     add("--like", type=Path, metavar="DIR", help="take tokenizer and generation files from here")
-    add("--max-length", type=_count, metavar="N", help="max_position_embeddings in config.json")
+    add("--max-length", type=_positive, metavar="N", help="max_position_embeddings in config.json")
     add(
         "--permute-rope",
         action="store_true",
@@ -217,7 +214,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=_count, default=1, help="processes; default: 1")
+    parser.add_argument("--workers", type=_positive, default=1, help="processes; default: 1")
 
 
 def _add_ignored(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,8 @@ def convert(job: Job, workers: int = 1) -> int:
         InputError: the input cannot be read, or the output is another job's.
         StorageError: the disk does not take the output.
     """
-    journal = Journal(job.out, job.identity)
+    with told_clearly(job.out.parent, job.out.name):
+        journal = Journal(job.out, job.identity)
     try:
         left = [shard for shard in job.shards if shard.file not in journal.records]
         needed = sum(shard.size for shard in left)

@@ -11,7 +11,6 @@ from megatron_m1.checkpoint.imported import IMPORTED
 from megatron_m1.checkpoint.mapping import mapped_parameters
 from megatron_m1.checkpoint.unpickling import METADATA
 from megatron_m1.conversion import distributed_writer, hf_folder
-from megatron_m1.conversion.beside import config_of, generated_texts, read_like
 from megatron_m1.conversion.convert import Job
 from megatron_m1.conversion.decays import decay_forms
 from megatron_m1.conversion.families import BY_NAME, DISTRIBUTED, Family
@@ -19,6 +18,7 @@ from megatron_m1.conversion.foreign_config import BLOCK_SIZE
 from megatron_m1.conversion.hf_folder import HfFolder
 from megatron_m1.conversion.recognition import Recognised, checkpoint_weights, refuse
 from megatron_m1.conversion.shards import divide, target_forms
+from megatron_m1.conversion.side_files import config_of, generated_texts, read_like
 from megatron_m1.conversion.targets import OurCheckpoint, SafetensorsFolder
 from megatron_m1.model.config import ModelConfig
 

@@ -51,8 +51,8 @@ class Journal:
         Raises:
             InputError: another job was begun there, or is still running, or ``out`` is taken.
         """
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"{out} exists and is not empty: give another folder or remove it")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists and is no empty folder: give another or remove it")
         self.out = out
         self.folder = out.with_name(f"{out.name}.partial")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from megatron_m1.conversion.families import BY_NAME
 from megatron_m1.conversion.recognition import Recognised
 from megatron_m1.conversion.verification import FAILED, OK, SKIPPED, Rung, Sides, differing_dtypes
 from megatron_m1.conversion.weights import Weights
+from megatron_m1.errors import InputError
 from megatron_m1.model.config import ModelConfig
 
 TOLERANCE = 1e-4  # of logits of size 1, in FP32
@@ -68,6 +69,23 @@ def some_tokens(model: ModelConfig) -> list[Tensor]:
     """Two rows of random tokens."""
     generator = torch.Generator().manual_seed(0)
     return list(torch.randint(model.vocab_size, (2, 64), generator=generator))
+
+
+def given_tokens(path: str, model: ModelConfig) -> list[Tensor]:
+    """The rows of a file, in the forms that ``score`` takes.
+
+    Raises:
+        InputError: it cannot be read, or has ids that the model does not know.
+    """
+    from parallel import host
+
+    host.enable()
+    from megatron_m1.inference.scoring import read_tokens
+
+    rows = [torch.from_numpy(row) for row in read_tokens(path) if len(row)]
+    if any(row.min() < 0 or row.max() >= model.vocab_size for row in rows):
+        raise InputError(f"tokens={path} has ids outside the vocabulary 0..{model.vocab_size - 1}")
+    return rows
 
 
 def our_logits(path: Path, rows: Sequence[Tensor]) -> list[Tensor]:

@@ -58,7 +58,7 @@ def layer_bytes(config: RunConfig, kind: str) -> float:
         return model.hidden_size * _residual_width(config)
     again = train.recompute_modules if train.recompute == "selective" else []
     total = _residual_bytes(config) + _mixer_bytes(config, kind)
-    if "core_attn" in again:
+    if "core_attn" in again and kind != LIGHTNING:
         total -= _core_attention_bytes(model, config.parallel, kind)
     if "moe" in again:
         return total + model.hidden_size * WIDTH[train.precision] / config.parallel.tp

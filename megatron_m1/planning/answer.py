@@ -11,6 +11,7 @@ from megatron_m1.planning.config import PlanConfig
 from megatron_m1.planning.deepseek import DeepSeek
 from megatron_m1.planning.layouts import Candidate, Search, search
 from megatron_m1.planning.price import Price, RlCost
+from megatron_m1.planning.rollout import Rollout, fullest
 from megatron_m1.planning.state import kv_elements, lightning_state_bytes, state_bytes
 from megatron_m1.training.phases import total_tokens
 
@@ -38,7 +39,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the planner found."""
+    """What the planner found.
+
+    Attributes:
+        decoding: the smallest group of GPUs that holds the model, full of sequences as long as
+            ``plan.rl`` says; None where the cluster cannot hold it.
+    """
 
     config: PlanConfig
     search: Search
@@ -46,6 +52,7 @@ class Answer:
     tokens_price: Price | None
     days_price: Price | None
     rl: RlCost | None
+    decoding: Rollout | None
 
     @property
     def best(self) -> Candidate | None:
@@ -69,6 +76,7 @@ def answer(config: PlanConfig) -> Answer:
         tokens_price=price.of_tokens(plan, best, tokens) if best else None,
         days_price=price.of_days(plan, plan.days) if plan.days else None,
         rl=price.of_rl(config, plan, best) if best and plan.rl.steps else None,
+        decoding=fullest(config.model, plan, plan.rl.prompt_tokens, plan.rl.response_tokens),
     )
 
 
@@ -119,6 +127,7 @@ def as_json(found: Answer) -> dict[str, Any]:
         "tokens_price": found.tokens_price and vars(found.tokens_price),
         "days_price": found.days_price and vars(found.days_price),
         "rl": found.rl and {**vars(found.rl), **_plain(found.rl)},
+        "decoding": found.decoding and vars(found.decoding),
     }
 
 

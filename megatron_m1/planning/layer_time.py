@@ -87,8 +87,8 @@ class LayerTimes:
         if self.train.recompute == "full":
             both.again = _renamed(both.forward)
         elif self.train.recompute == "selective":
-            if "core_attn" in self.train.recompute_modules:
-                core = {"attention", "lightning", "cp"} & mixer.forward.keys()
+            if "core_attn" in self.train.recompute_modules and kind != LIGHTNING:
+                core = {"attention", "cp"} & mixer.forward.keys()
                 both.again.add(_renamed({piece: mixer.forward[piece] for piece in core}))
             if "moe" in self.train.recompute_modules:
                 both.again.add(_renamed(moe.forward))

@@ -60,7 +60,7 @@ class Search:
 
     Attributes:
         found: layouts that fit, the fastest first.
-        judged: combinations that the model and the cluster can be divided by.
+        judged: combinations that can run, but for their memory.
         tightest: the least memory in bytes that any of those needs.
         configured: the layout of ``parallel`` and ``train``, where it divides anything and can run.
     """
@@ -87,20 +87,24 @@ def search(config: PlanConfig) -> Search:
     _refuse(_problems_without_degrees(config))
     limit = (plan.gpu_memory_gb - plan.reserved_gb) * GIB
     known, found, judged, tightest = _KnownTimes(config), [], 0, math.inf
+    reason = "give other degrees or nodes"
     for layout in _layouts(config, known):
         if model_layout_problems(model, layout):
             continue
         for train in _trains(config):
             candidate = replace(config, parallel=layout, train=train)
+            if problems := run_problems(candidate, plan.gpus):
+                reason = f"for example, {problems[0]}"
+                continue
             needed = memory.estimate(candidate, plan.gpus)
             judged, tightest = judged + 1, min(tightest, needed.total)
             if needed.weights + needed.gradients + needed.optimizer > limit:
                 break
-            if needed.total <= limit and not run_problems(candidate, plan.gpus):
+            if needed.total <= limit:
                 cost = step_cost(candidate, plan, known.of(layout, train))
                 found.append(Candidate(candidate, needed, cost))
     if not judged:
-        _refuse([f"plan.search divides {plan.gpus} GPUs in no way: give other degrees or nodes"])
+        _refuse([f"plan.search divides {plan.gpus} GPUs in no way: {reason}"])
     found.sort(key=lambda candidate: candidate.cost.total)
     return Search(found, judged, tightest, configured)
 

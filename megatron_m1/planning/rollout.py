@@ -29,12 +29,14 @@ class Rollout:
         gpus: of the group.
         sequences: that fit at their full length.
         step_seconds: for one more token of each of the batch, at the mean length.
+        memory: bytes on each GPU, by what takes them, when the batch has its full length.
     """
 
     gpus: int
     sequences: int
     batch: int
     step_seconds: float
+    memory: dict[str, float]
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,12 +49,44 @@ def rollout(model: ModelConfig, plan: Plan, wanted: int, prompt: int, response: 
     Raises:
         ConfigError: the cluster is too small for the weights and one sequence.
     """
-    gpus, free = _group(model, plan, prompt + response)
-    fit = int(free / state_bytes(model, prompt + response))
+    length = prompt + response
+    gpus = _group(model, plan, length)
+    if gpus is None:
+        raise ConfigError(
+            [
+                f"plan.nodes={plan.nodes} are too few to generate: the weights take "
+                f"{_weight_bytes(model) / GIB:.0f} GiB and a sequence of {length} tokens "
+                f"{state_bytes(model, length) / GIB:.1f} GiB "
+                f"({kv_elements(model)} numbers a token and the lightning states)"
+            ]
+        )
+    fit = _sequences(model, plan, gpus, length)
     # As many rounds as needed, all of one size.
     batch = math.ceil(wanted / math.ceil(wanted / fit))
+    return _rollout(model, plan, gpus, batch, prompt, response)
+
+
+def fullest(model: ModelConfig, plan: Plan, prompt: int, response: int) -> Rollout | None:
+    """Decoding of as many sequences as the smallest group holds; None where none holds any."""
+    gpus = _group(model, plan, prompt + response)
+    if gpus is None:
+        return None
+    fit = _sequences(model, plan, gpus, prompt + response)
+    return _rollout(model, plan, gpus, fit, prompt, response)
+
+
+def _rollout(
+    model: ModelConfig, plan: Plan, gpus: int, batch: int, prompt: int, response: int
+) -> Rollout:
+    length = prompt + response
+    states = lightning_state_bytes(model)
+    memory = {
+        "weights": _weight_bytes(model) / gpus,
+        "keys and values": batch * (state_bytes(model, length) - states) / gpus,
+        "lightning states": batch * states / gpus,
+    }
     seconds = decode_seconds(model, plan, gpus, batch, prompt + response // 2)
-    return Rollout(gpus, fit, batch, seconds)
+    return Rollout(gpus, _sequences(model, plan, gpus, length), batch, seconds, memory)
 
 
 def decode_seconds(model: ModelConfig, plan: Plan, gpus: int, batch: int, context: int) -> float:
@@ -75,20 +109,18 @@ def _weight_bytes(model: ModelConfig) -> float:
     return _BF16 * model.num_params() + (_FP32 - _BF16) * head
 
 
-def _group(model: ModelConfig, plan: Plan, length: int) -> tuple[int, float]:
-    """(GPUs of a group, bytes that it has for sequences)."""
+def _group(model: ModelConfig, plan: Plan, length: int) -> int | None:
+    """GPUs of the smallest group that holds the weights and a sequence."""
     nodes = 1
     while nodes <= plan.nodes:
         gpus = nodes * plan.gpus_per_node
-        free = gpus * (plan.gpu_memory_gb - plan.reserved_gb) * GIB - _weight_bytes(model)
-        if free >= state_bytes(model, length):
-            return gpus, free
+        if _sequences(model, plan, gpus, length) > 0:
+            return gpus
         nodes *= 2
-    raise ConfigError(
-        [
-            f"plan.nodes={plan.nodes} are too few to generate: the weights take "
-            f"{_weight_bytes(model) / GIB:.0f} GiB and a sequence of {length} tokens "
-            f"{state_bytes(model, length) / GIB:.1f} GiB "
-            f"({kv_elements(model)} numbers a token and the lightning states)"
-        ]
-    )
+    return None
+
+
+def _sequences(model: ModelConfig, plan: Plan, gpus: int, length: int) -> int:
+    """How many of this length fit beside the weights."""
+    room = gpus * (plan.gpu_memory_gb - plan.reserved_gb) * GIB - _weight_bytes(model)
+    return max(0, int(room / state_bytes(model, length)))

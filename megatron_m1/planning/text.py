@@ -23,7 +23,7 @@ def describe(found: Answer) -> str:
     sections = [_model(found), _operations(found), _lengths(found), _layouts(found)]
     if found.best:
         sections.append(_best(found, found.best))
-    sections.append(_prices(found))
+    sections += [_decoding(found), _prices(found)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -199,6 +199,21 @@ def _wrapped(label: str, words: Sequence[str], comma: str = ", ") -> list[str]:
             line = " " * len(label)
         line += part
     return [*lines, line.rstrip()]
+
+
+def _decoding(found: Answer) -> str:
+    full, rl = found.decoding, found.config.plan.rl
+    if not full:
+        return ""
+    memory = [f"{name} {size / GIB:.1f}" for name, size in full.memory.items()]
+    return "\n".join(
+        [
+            f"# decoding: {full.gpus} GPUs hold the model and {full.sequences:,} sequences of "
+            f"{rl.prompt_tokens + rl.response_tokens:,} tokens",
+            *_wrapped("GiB on each: ", memory),
+            f"{full.tokens_per_second:,.0f} tokens/s, {1e3 * full.step_seconds:.1f} ms a token",
+        ]
+    )
 
 
 def _prices(found: Answer) -> str:

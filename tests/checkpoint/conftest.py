@@ -10,7 +10,8 @@ import pytest
 
 from megatron_m1.checkpoint import store
 from megatron_m1.config import RunConfig
-from megatron_m1.training.run import Progress, Run
+from megatron_m1.training.run import Run
+from megatron_m1.training.state import Progress
 from megatron_m1.training.step import train_step
 from parallel.layout import Layout
 from tests.training.small_run import small_config, start, write_data

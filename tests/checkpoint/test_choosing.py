@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_m1.checkpoint import store
+from megatron_m1.checkpoint import lease, manifest, store
 from megatron_m1.checkpoint.choosing import chosen
 from megatron_m1.checkpoint.folders import from_latest, given_by
 from megatron_m1.checkpoint.manifest import MANIFEST
@@ -121,6 +121,12 @@ def test_a_latest_that_is_gone_gives_way(run: Run, checkpoint: Path, newer: Path
     assert choice(None, run.checkpoint_dir) == checkpoint
 
 
+def test_what_is_chosen_is_kept_while_it_is_read(checkpoint: Path) -> None:
+    with chosen(str(checkpoint), None, "full"):
+        assert lease.is_read(checkpoint)
+    assert not lease.is_read(checkpoint)
+
+
 def test_steps_after_the_latest_are_not_taken(run: Run, checkpoint: Path, newer: Path) -> None:
     """They are of a run that was taken back."""
     (run.checkpoint_dir / "latest").write_text(checkpoint.name)
@@ -145,8 +151,6 @@ def test_without_a_manifest_it_is_read_with_a_warning(
 
 
 def test_a_manifest_names_no_file_elsewhere(checkpoint: Path) -> None:
-    from megatron_m1.checkpoint import manifest
-
     entry = manifest.Entry(1, "0")
     (checkpoint / MANIFEST).write_bytes(manifest.as_bytes({"../../secret": entry}))
     with pytest.raises(InputError, match="names a file outside the folder"):

@@ -84,17 +84,15 @@ def taken_up(config: RunConfig) -> tuple[str, int, set[str]]:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_save_leaves_the_one_before(
-    point: str, ranks: Callable[[int], Pool], prefix: str, tmp_path: Path
+    point: str, single_process: Layout, prefix: str, tmp_path: Path
 ) -> None:
     config = small_config(str(tmp_path), prefix)
     config = replace(config, checkpoint=CheckpointConfig(keep=1))
-    pool = Pool(1)
     with pytest.raises(AssertionError, match="rank 0 died"):
-        pool.run(killed, config, point)
+        Pool(1).run(killed, config, point)
     step = POINTS[point][1]
-    assert ranks(1).run(taken_up, config) == [
-        (f"step_{step:06d}", step + 1, {f"step_{step + 1:06d}", "latest"})
-    ]
+    expected = f"step_{step:06d}", step + 1, {f"step_{step + 1:06d}", "latest"}
+    assert taken_up(config) == expected
 
 
 def saved_anew(config: RunConfig) -> None:
@@ -107,13 +105,13 @@ def saved_anew(config: RunConfig) -> None:
 
 
 def test_a_step_that_is_saved_again_is_never_missing(
-    ranks: Callable[[int], Pool], prefix: str, tmp_path: Path
+    single_process: Layout, prefix: str, tmp_path: Path
 ) -> None:
     config = small_config(str(tmp_path), prefix)
     with pytest.raises(AssertionError, match="rank 0 died"):
         Pool(1).run(saved_anew, config)
     assert names(tmp_path / "checkpoints") == {"step_000001.old", "step_000001.tmp", "latest"}
-    ((name, step, after_save),) = ranks(1).run(taken_up, config)
+    name, step, after_save = taken_up(config)
     assert (name, step) == ("step_000001.old", 2)
     assert after_save == {"step_000001", "step_000002", "latest"}
 

@@ -279,7 +279,7 @@ def test_a_failed_save_ends_training_or_not(
         run.progress.step = 2
         with pytest.raises(StorageError, match="the disk is full") as stopped:
             stopping.on_step(run, {})
-        assert stopped.value.exit_code == EXIT_STORAGE == 75
+        assert stopped.value.exit_code == EXIT_STORAGE == 73
 
         going_on, run, texts = callback(run, on_error="continue", every=2)
         going_on.on_step(run, {})

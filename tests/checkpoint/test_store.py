@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from megatron.core import tensor_parallel
 
 from megatron_m1.checkpoint import store
 from megatron_m1.config import RunConfig
@@ -76,6 +80,19 @@ def test_hyperparameters_are_the_configurations(run: Run, config: RunConfig) -> 
     for group in resumed.optimizer.param_groups:
         assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.99), 1e-5)
         assert group["weight_decay"] == 0.5 * group["wd_mult"]
+
+
+def test_a_step_draws_nothing(run: Run) -> None:
+    """So a checkpoint needs no random state."""
+
+    def states() -> list[object]:
+        own = tensor_parallel.get_cuda_rng_tracker().get_states().values()
+        tensors = [state.tolist() for state in (torch.get_rng_state(), *own)]
+        return [random.getstate(), repr(np.random.get_state()), *tensors]
+
+    before = states()
+    train_step(run)
+    assert states() == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +16,8 @@ from megatron_m1.checkpoint import reading, store, unpickling
 from megatron_m1.checkpoint.choosing import chosen
 from megatron_m1.errors import InputError
 from megatron_m1.training.run import Run
-from tests.checkpoint.spoil import describe_anew
+from tests.checkpoint.spoil import Planted, change_metadata, plant_in_metadata, put_in
 from tests.training.small_run import start
-
-
-class Planted:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, proof: Path) -> None:
-        self.command = f"touch {proof}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (self.command,)
 
 
 @pytest.fixture
@@ -39,29 +26,14 @@ def proof(tmp_path: Path) -> Path:
     return tmp_path / "it ran".replace(" ", "_")
 
 
-def change_metadata(checkpoint: Path, change: Callable[[Metadata], object]) -> None:
-    """Rewrite ``.metadata`` with whatever ``change`` makes of it, and the manifest with it."""
-    path = checkpoint / ".metadata"
-    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
-    describe_anew(checkpoint)
-
-
-def in_planner_data(proof: Path) -> Callable[[Metadata], Metadata]:
-    def change(metadata: Metadata) -> Metadata:
-        metadata.planner_data = Planted(proof)
-        return metadata
-
-    return change
-
-
 def test_plain_torch_runs_what_is_planted(checkpoint: Path, proof: Path) -> None:
-    change_metadata(checkpoint, in_planner_data(proof))
+    change_metadata(checkpoint, plant_in_metadata(proof))
     torch_checkpoint.FileSystemReader(checkpoint).read_metadata()
     assert proof.exists()
 
 
 def test_planted_code_does_not_run(run: Run, checkpoint: Path, proof: Path) -> None:
-    change_metadata(checkpoint, in_planner_data(proof))
+    change_metadata(checkpoint, plant_in_metadata(proof))
     with chosen(None, run.checkpoint_dir, "full") as path:
         assert path == checkpoint, "its manifest is as good as any"
         with pytest.raises(InputError) as refused:
@@ -150,23 +122,6 @@ def test_planted_code_beside_the_tensors_does_not_run(
     with pytest.raises(InputError, match="common.pt cannot be read"):
         store.load(start(run.config), checkpoint)
     assert not proof.exists()
-
-
-def put_in(checkpoint: Path, is_wanted: Callable[[str], bool], content: object) -> None:
-    """Let an entry of ``.metadata`` lead to other content in the file of tensors."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    (tensors,) = checkpoint.glob("*.distcp")
-    start = tensors.stat().st_size
-    with tensors.open("ab") as file:
-        file.write(stream.getvalue())
-
-    def change(metadata: Metadata) -> Metadata:
-        index = next(index for index in metadata.storage_data if is_wanted(index.fqn))
-        metadata.storage_data[index] = _StorageInfo(tensors.name, start, len(stream.getvalue()))
-        return metadata
-
-    change_metadata(checkpoint, change)
 
 
 def is_object(name: str) -> bool:

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MiniMaxForCausalLM
 
-from megatron_m1.checkpoint import manifest, store
+from megatron_m1.checkpoint import disk, manifest, store
+from megatron_m1.checkpoint.mapping import MINIMAX
 from megatron_m1.conversion import jobs, recognition
 from megatron_m1.conversion.convert import convert
-from megatron_m1.conversion.families import FAMILIES, QueryGroupsInHalves
+from megatron_m1.conversion.families import BY_NAME, FAMILIES, Family, QueryGroupsInHalves
+from megatron_m1.conversion.foreign_config import REMOTE
 from megatron_m1.conversion.logits import our_logits, some_tokens, their_logits
 from megatron_m1.data.tokenizer import train_bpe
-from megatron_m1.errors import InputError
+from megatron_m1.errors import InputError, StorageError
 from parallel.layout import Layout
 from tests.conversion.foreign import (
     PARTIAL,
@@ -148,6 +150,15 @@ def test_many_processes_write_the_same(imported: Path, tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
+def test_too_little_space_is_told_before_writing(
+    imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_free", lambda folder: 100_000)
+    with pytest.raises(StorageError, match=r"hf cannot .* it needs 364 kB, 100 kB are free"):
+        export_checkpoint(imported, tmp_path / "hf", "minimax_m1")
+    assert not list((tmp_path / "hf.partial").glob("*.safetensors"))
+
+
 def test_an_import_has_a_manifest_of_all_its_files(imported: Path) -> None:
     files = manifest.read(imported)
     assert files is not None
@@ -202,6 +213,22 @@ def test_without_the_permutation_it_would_be_wrong(
     wrong = their_logits(recognition.recognise(folder), rows)
     assert (right[0] - our_logits(partial, rows)[0]).abs().max() < 1e-4
     assert (right[0] - wrong[0]).abs().max() > 0.1
+
+
+def test_another_family_is_another_table(
+    imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other names, and its place in the list."""
+    rules = tuple(
+        replace(rule, theirs=tuple((f"other.{name}", shape) for name, shape in rule.theirs))
+        for rule in MINIMAX
+    )
+    family = Family("other", ("OtherForCausalLM",), "other", REMOTE, rules)
+    monkeypatch.setattr(recognition, "FAMILIES", (*FAMILIES, family))
+    monkeypatch.setitem(BY_NAME, "other", family)
+    folder = export_checkpoint(imported, tmp_path / "hf", "other")
+    assert "other.model.layers.0.self_attn.qkv_proj.weight" in tensors_of(folder)
+    assert_equal(parameters_of(import_folder(folder, tmp_path / "again")), parameters_of(imported))
 
 
 def test_query_groups_in_halves_are_invertible() -> None:

@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_m1.conversion import jobs, recognition
+from megatron_m1.conversion.families import MINIMAX_M1
+from megatron_m1.conversion.foreign_config import WITHOUT_EFFECT
 from megatron_m1.conversion.hf_folder import open_folder
 from megatron_m1.conversion.inspection import check_complete, describe_folder
 from megatron_m1.conversion.safetensors_file import Form, SafetensorsWriter, read_header
@@ -67,6 +69,13 @@ def test_the_released_model_by_its_index_alone(tmp_path: Path) -> None:
     ours = ModelConfig(**yaml.safe_load(CONF.read_text()))
     sizes = {**asdict(given.model), "name": ours.name, "aux_loss_coef": ours.aux_loss_coef}
     assert sizes == asdict(ours)
+
+
+def test_the_released_configuration_is_written_as_it_is_read(tmp_path: Path) -> None:
+    given = recognition.recognise(released.write_index(tmp_path / "m1"), without_shards=True)
+    written = MINIMAX_M1.words.write(given.model, max_length=10_240_000)
+    assert written == {key: released.CONFIG[key] for key in written}
+    assert released.CONFIG.keys() - written.keys() <= set(WITHOUT_EFFECT)
 
 
 def test_an_index_of_other_bytes_is_refused(tmp_path: Path) -> None:
@@ -125,6 +134,14 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path) -> None:
     shard.rename(moved)
     shard.symlink_to(moved)
     assert f"{shard} is a link out of its folder" in refusal(folder)
+
+
+def test_a_tokenizer_out_of_the_folder_is_not_copied(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="tokenizer.json is a link out of its folder"):
+        import_folder(folder, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_the_cache_of_downloads_is_a_folder_of_links(folder: Path, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_m1.conversion import logits
 from megatron_m1.conversion.inspection import inspect
+from megatron_m1.conversion.logits import compare_logits, some_tokens
 from megatron_m1.conversion.recognition import checkpoint_weights, recognise
 from megatron_m1.conversion.verification import Rung, Sides, climb
 from tests.conversion.foreign import export_checkpoint, import_folder, write_toy
@@ -88,6 +91,16 @@ def test_one_bit(imported: Path, folder: Path) -> None:
         "FAILED   1 parameters differ: decoder.layers.1.mlp.experts.2.linear_fc1.weight"
         in (found["values"])
     )
+
+
+def test_logits_that_do_not_fit_the_memory(
+    imported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recognise(folder)
+    sides = Sides(checkpoint_weights(imported), given.weights)
+    monkeypatch.setattr(logits.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    rung = compare_logits(sides, imported, given, some_tokens(given.model))
+    assert str(rung) == "logits  skipped  the model needs 0.0 GB of memory in FP32, 0.0 are free"
 
 
 def test_decays_of_another_model(imported: Path, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_a_configured_layout_is_judged_beside_the_search(plan_for: Make) -> None
         (["plan.search.ep=[0]"], "plan.search.ep=0 must be at least 1"),
         (["plan.search.recompute=[some]"], "plan.search.recompute=some is not one of none, core"),
         (["plan.search.tp=[7]"], "plan.search divides 512 GPUs in no way"),
+        (
+            ["train.global_batch=7"],
+            "in no way: for example, train.global_batch=7 must be a multiple of",
+        ),
         (["model.num_attention_heads=7"], "=7 is not divisible by model.num_query_groups=8"),
         (["train.global_batch=0"], "train.global_batch=0 must be"),
         (

@@ -10,7 +10,8 @@ from megatron_m1.errors import ConfigError
 from megatron_m1.planning import paper, price
 from megatron_m1.planning.config import PlanConfig
 from megatron_m1.planning.cost import step_cost
-from megatron_m1.planning.rollout import decode_seconds, rollout
+from megatron_m1.planning.memory import GIB
+from megatron_m1.planning.rollout import decode_seconds, fullest, rollout
 
 Make = Callable[..., PlanConfig]
 
@@ -50,8 +51,21 @@ def test_weights_that_fill_a_node_take_two(plan_for: Make) -> None:
     assert found.gpus == 16
     assert 0 < found.batch <= found.sequences
     assert rollout(config.model, plan_for("plan=h200").plan, 1, 1024, 20_000).gpus == 8
+    assert fullest(config.model, plan_for("plan.nodes=1").plan, 1024, 20_000) is None
     with pytest.raises(ConfigError, match="plan.nodes=1 are too few to generate: the weights take"):
         rollout(config.model, plan_for("plan.nodes=1").plan, 1, 1024, 20_000)
+
+
+def test_a_full_group_has_no_room_left(plan_for: Make) -> None:
+    config = plan_for()
+    full = fullest(config.model, config.plan, 1024, 20_000)
+    assert full is not None and full.batch == full.sequences
+    limit = (80 - 10) * GIB
+    one_more = (full.batch + 1) / full.batch
+    states = full.memory["keys and values"] + full.memory["lightning states"]
+    assert sum(full.memory.values()) <= limit < full.memory["weights"] + one_more * states
+    assert full.memory["lightning states"] * full.gpus == full.batch * 280 * 2**20
+    assert full.memory["keys and values"] * full.gpus == full.batch * 21_024 * 40_960
 
 
 def test_a_round_generates_scores_and_trains(plan_for: Make) -> None:

@@ -41,6 +41,7 @@ def test_text_json_and_picture(tmp_path: Path) -> None:
         "20,480 BF16 numbers",
         "# layouts: 64 nodes x 8 H800, 80 GiB of which 10 are reserved; 2,048 rows x 8,192 tokens",
         "512 processes = pp ",
+        "# decoding: 16 GPUs hold the model and ",
         "# price at $2.0721 a GPU-hour",
         "RL, 10 rounds",
     ):

@@ -15,6 +15,7 @@ from megatron_m1.conversion.hf_folder import CONFIG, read_json
 from megatron_m1.conversion.safetensors_file import Form
 from megatron_m1.conversion.targets import FOREIGN_CONFIG
 from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.errors import InputError
 from megatron_m1.model.config import ModelConfig
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,7 +30,12 @@ def read_like(path: Path, like: Path | None, family: Family) -> dict[str, Any]:
     Args:
         path: our checkpoint, which has one where it was imported.
         like: the folder to take it from instead.
+
+    Raises:
+        InputError: there is no such folder.
     """
+    if like and not like.is_dir():
+        raise InputError(f"--like {like} is no folder")
     file = like / CONFIG if like else path / FOREIGN_CONFIG
     if not file.exists():
         return {}
