@@ -21,19 +21,17 @@ def run(config: GenerateConfig) -> None:
 
     host.enable()
     from megatron_m1.inference.load import load_tokenizer, trained_model
-    from megatron_m1.inference.sampling import Sampling, continue_text
+    from megatron_m1.inference.requests import SamplingParams
+    from megatron_m1.inference.text import continue_text
 
     with trained_model(config.checkpoint, config.parallel, config.precision) as loaded:
         tokenizer = load_tokenizer(config.tokenizer, config.eod, loaded)
-        sampling = Sampling(config.temperature, config.top_p, config.seed)
-        pieces = continue_text(
-            loaded.chunks,
-            config.parallel,
-            tokenizer,
-            config.prompt,
-            config.max_new_tokens,
-            sampling,
+        sampling = SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
         )
+        pieces = continue_text(loaded.chunks, tokenizer, config.prompt, sampling, config.seed)
         _show(config.prompt)
         for piece in pieces:
             _show(piece)

@@ -1,105 +1,111 @@
-"""Continue a prompt, one token at a time.
+"""The choice of the next token for a batch of sequences, each in its own way.
 
-Each token runs the whole text through the model again: right in every layout, and quadratic in the
-length. Incremental decoding with a state cache is not built yet.
+The filters are thresholds: all tokens as likely as the last one that top-k or top-p lets in stay.
+One uniform number chooses along the cumulative probabilities in the order of the vocabulary, so
+that a filter which lets all tokens in changes nothing.
+
+Shapes: S sequences, V tokens of the vocabulary, N of them sorted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from megatron_m1.data.tokenizer import Tokenizer
-from megatron_m1.inference.forward import forward_rows, padded_length
-from megatron_m1.model.build import unwrap
-from parallel import host
-from parallel.layout import Layout
-from parallel.packing import PackedRow
+LIKELY = 256
+"""Tokens that are sorted at first: those that reach a top-p are rarely more."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
+def draw(
+    logits: Tensor,
+    uniforms: NDArray[np.float64],
+    temperature: NDArray[np.float64],
+    top_k: NDArray[np.int64],
+    top_p: NDArray[np.float64],
+) -> Tensor:
+    """Choose a token for each sequence.
 
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: sample from the fewest tokens whose probabilities reach this sum.
-        seed: of the draws; every process draws the same.
+    Args:
+        logits: [S, V].
+        uniforms: [S], in [0, 1).
+        temperature, top_k, top_p: [S], as in ``SamplingParams``.
+
+    Returns:
+        [S, 3] float64: the token, its log-probability in the distribution that it was drawn from,
+        and its log-probability under the model at temperature 1; NaN where logits are not finite.
     """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token from logits [V]."""
-    logits = logits.cpu()
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    # The first token stays whatever top_p is.
-    probabilities[(before >= sampling.top_p) & (before > 0)] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def continue_tokens(
-    chunks: list[nn.Module],
-    layout: Layout,
-    prompt: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: int | None = None,
-) -> Iterator[int]:
-    """The tokens that follow ``prompt``, up to and without ``stop``. Collective."""
-    generator = torch.Generator().manual_seed(sampling.seed)
-    tokens = list(prompt)
-    for _ in range(max_new_tokens):
-        token = _agreed(choose(_next_logits(chunks, layout, tokens), sampling, generator))
-        if token == stop:
-            return
-        tokens.append(token)
-        yield token
+    logits_SV = logits.float()
+    raw_S1 = logits_SV.logsumexp(-1, keepdim=True)
+    greedy = temperature == 0
+    if greedy.all():
+        token_S1 = logits_SV.argmax(-1, keepdim=True)
+        drawn_S1 = torch.zeros_like(raw_S1)
+    else:
+        scaled_SV = logits_SV
+        if (temperature != 1).any():
+            scaled_SV = logits_SV / _column(np.where(greedy, 1.0, temperature), logits_SV)
+        scaled_SV = _within_top_p(_within_top_k(scaled_SV, top_k), top_p)
+        total_S1 = scaled_SV.logsumexp(-1, keepdim=True)
+        token_S1 = _along(scaled_SV - total_S1, uniforms)
+        if greedy.any():
+            greedy_S1 = _column(greedy, logits_SV)
+            token_S1 = torch.where(greedy_S1, logits_SV.argmax(-1, keepdim=True), token_S1)
+            total_S1 = torch.where(greedy_S1, scaled_SV.gather(1, token_S1), total_S1)
+        drawn_S1 = scaled_SV.gather(1, token_S1) - total_S1
+    own_S1 = logits_SV.gather(1, token_S1) - raw_S1
+    found_S3 = torch.cat([token_S1.double(), drawn_S1.double(), own_S1.double()], dim=1)
+    return found_S3.masked_fill(~raw_S1.isfinite(), torch.nan)
 
 
-def continue_text(
-    chunks: list[nn.Module],
-    layout: Layout,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> Iterator[str]:
-    """The text that follows ``prompt``, in pieces of whole characters."""
-    stream = tokenizer.decode_stream()
-    # A model that has seen only whole documents starts an empty prompt where a document starts.
-    ids = tokenizer.encode(prompt) or [tokenizer.eod]
-    for token in continue_tokens(chunks, layout, ids, max_new_tokens, sampling, tokenizer.eod):
-        yield stream.step(token)
-    yield stream.finish()
+def _within_top_k(scaled_SV: Tensor, top_k: NDArray[np.int64]) -> Tensor:
+    """The logits, -inf where they are below the k-th largest; k = 0 keeps all."""
+    vocabulary = scaled_SV.shape[1]
+    limited = (top_k > 0) & (top_k < vocabulary)
+    if not limited.any():
+        return scaled_SV
+    likely_SN = scaled_SV.topk(int(top_k[limited].max()), dim=1).values
+    last_S1 = _column(np.where(limited, top_k, 1) - 1, scaled_SV, torch.int64)
+    threshold_S1 = likely_SN.gather(1, last_S1)
+    threshold_S1 = threshold_S1.masked_fill(_column(~limited, scaled_SV), -torch.inf)
+    return scaled_SV.masked_fill(scaled_SV < threshold_S1, -torch.inf)
 
 
-def _agreed(token: int) -> int:
-    """The first process's token on all of them: copies of the model may differ in the last bit, and
-    one that stopped alone would leave the others waiting."""
-    chosen = torch.tensor(token, device=host.device())
-    dist.broadcast(chosen, src=0)
-    return int(chosen)
+def _within_top_p(scaled_SV: Tensor, top_p: NDArray[np.float64]) -> Tensor:
+    """The logits, -inf where the more likely tokens reach the probability without them."""
+    if (top_p >= 1).all():
+        return scaled_SV
+    vocabulary = scaled_SV.shape[1]
+    p_S1 = _column(top_p, scaled_SV, torch.float32)
+    total_S1 = scaled_SV.logsumexp(-1, keepdim=True)
+    for count in (min(LIKELY, vocabulary), vocabulary):
+        likely_SN = scaled_SV.topk(count, dim=1).values
+        probs_SN = (likely_SN - total_S1).exp()
+        stays_SN = probs_SN.cumsum(-1) - probs_SN < p_S1
+        if count == vocabulary or bool((~stays_SN[:, -1:] | (p_S1 >= 1)).all()):
+            break
+    # The first stays whatever top_p is.
+    last_S1 = (stays_SN.sum(-1, keepdim=True) - 1).clamp(min=0)
+    threshold_S1 = likely_SN.gather(1, last_S1).masked_fill(p_S1 >= 1, -torch.inf)
+    return scaled_SV.masked_fill(scaled_SV < threshold_S1, -torch.inf)
 
 
-def _next_logits(chunks: list[nn.Module], layout: Layout, tokens: list[int]) -> Tensor:
-    """[V], what the model makes of the place after ``tokens``."""
-    length = padded_length(len(tokens), layout)
-    row = PackedRow.from_documents([torch.tensor(tokens)], pad_to=length)
+def _along(logprobs_SV: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
+    """[S, 1], the tokens at these shares of the cumulative probabilities."""
+    # Float64: 200,000 sums of float32 would move the borders.
+    reached_SV = logprobs_SV.double().exp().cumsum(-1)
+    shares_S1 = _column(uniforms, reached_SV) * reached_SV[:, -1:]
+    # Right: a token of probability zero has no border of its own. Only NaN is beyond all.
+    found_S1 = torch.searchsorted(reached_SV, shares_S1, right=True)
+    return found_S1.clamp(max=logprobs_SV.shape[1] - 1)
 
-    def last_position(logits: Tensor, row: PackedRow) -> Tensor:
-        return gather_from_tensor_model_parallel_region(logits[:, len(tokens) - 1])[0]
 
-    vocabulary = unwrap(chunks[0]).vocab_size
-    return forward_rows(chunks, [row], last_position, vocabulary, with_loss=False)[0]
+def _column(values: NDArray[Any], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[S, 1] of ``dtype``, that of ``like`` where not given for numbers."""
+    column = torch.from_numpy(values)[:, None]
+    if dtype is None and column.dtype != torch.bool:
+        dtype = like.dtype
+    return column.to(like.device, dtype)

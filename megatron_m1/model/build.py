@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_m1.config import OptimConfig
+from megatron_m1.model.cache import CachedRow
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.init import initialize
 from megatron_m1.model.lm_head import LMHead
@@ -67,14 +68,15 @@ class MiniMaxM1(GPTModel):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         with_entropy: bool = False,
+        only: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Megatron's arguments; what comes back is ``forward_row``'s and ``sum_of_losses``'s."""
+        """Megatron's arguments; what comes back is that of the functions below."""
         hidden = super().forward(*args, **kwargs)
         if not self.post_process:
             return hidden
         output, _ = self.output_layer(
-            hidden, labels=labels, loss_mask=loss_mask, with_entropy=with_entropy
+            hidden, labels=labels, loss_mask=loss_mask, with_entropy=with_entropy, only=only
         )
         return output if labels is not None else output.transpose(0, 1).contiguous()
 
@@ -109,7 +111,17 @@ def sum_of_losses(chunk: nn.Module, row: PackedRow) -> Tensor:
     return _run(chunk, row, labels=row.labels, loss_mask=row.loss_mask)
 
 
-def _run(chunk: nn.Module, row: PackedRow, **head: Any) -> Tensor:
+def continue_row(chunk: nn.Module, row: CachedRow) -> Tensor:
+    """Run tokens that follow what a cache holds through a model chunk, and add them to it.
+
+    Returns:
+        On the last pipeline stage the logits [1, n, V / tp] of the n wanted tokens; on other stages
+        the hidden states.
+    """
+    return _run(chunk, row, only=row.wanted)
+
+
+def _run(chunk: nn.Module, row: PackedRow | CachedRow, **head: Any) -> Tensor:
     return chunk(
         input_ids=row.tokens[None],
         position_ids=None,

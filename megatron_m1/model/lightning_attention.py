@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -26,6 +25,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from kernels.gated_norm import gated_rms_norm, sum_of_squares
 from kernels.lightning import lightning_attention_qkv
+from megatron_m1.model.cache import Cache
 from megatron_m1.model.row_params import RowParams
 from parallel.lasp import Lasp
 
@@ -143,9 +143,6 @@ class LightningAttention(MegatronModule):
         self.decay = self._local_heads(
             decay_slopes(config.num_attention_heads, layer_number - 1, config.num_layers)
         )
-        self.recompute_core = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        )
 
     def _column(self, linear: type, output_size: int) -> nn.Module:
         return build_module(
@@ -174,23 +171,19 @@ class LightningAttention(MegatronModule):
     ) -> tuple[Tensor, None]:
         """[T, 1, C] -> ([T, 1, C], no bias); T over tp on each rank with sequence parallelism."""
         qkv, _ = self.linear_qkv(hidden_states)
-        if self.recompute_core and self.training:
-            gate, _ = self.linear_gate(hidden_states)
-            mixed = tensor_parallel.checkpoint(
-                lambda qkv: self._begin(qkv, packed_seq_params)(), False, qkv
-            )
-        else:
-            finish = self._begin(qkv, packed_seq_params)
-            # Between the two, while the states of context-parallel ranks are under way.
-            gate, _ = self.linear_gate(hidden_states)
-            mixed = finish()
-        return self.linear_proj(self.norm(mixed, gate))
+        finish = self._begin(qkv, packed_seq_params)
+        # Between the two, while the states of context-parallel ranks are under way.
+        gate, _ = self.linear_gate(hidden_states)
+        return self.linear_proj(self.norm(finish(), gate))
 
     def _begin(self, qkv: Tensor, row: RowParams) -> Callable[[], Tensor]:
         """Start the attention of [T, 1, 3*H*D]; what is returned finishes it: [T, 1, H*D]."""
         tokens = qkv.shape[0]
         qkv_1THD = qkv.view(1, tokens, -1, 3 * self.head_dim)
         self.decay = decay = self.decay.to(qkv.device)
+        if row.cached is not None:
+            mixed = row.cached.lightning(self.layer_number, qkv_1THD[0], decay)
+            return lambda: mixed[:, None]
         cu_seqlens = row.cu_seqlens_q
         if row.shard is None:
             return lambda: lightning_attention_qkv(
@@ -205,6 +198,12 @@ class LightningAttention(MegatronModule):
             silu=True,
         )
         return lambda: lasp.finish().view(tokens, 1, -1)
+
+    def add_to_cache(self, cache: Cache, slots: int, places: int) -> None:
+        """Make room for this layer's states."""
+        shape = slots, self.decay.shape[0], self.head_dim, self.head_dim
+        device = self.norm.weight.device
+        cache.states[self.layer_number] = torch.zeros(shape, device=device)
 
     def backward_dw(self) -> None:
         """Delayed weight gradients, which Megatron's overlapped schedules ask every mixer for."""

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
+from kernels.few_rows import few_rows_linear
 from kernels.logprob import (
     Partial,
     Totals,
@@ -57,10 +58,11 @@ class LMHead(KeepFloat32, ColumnParallelLinear):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         with_entropy: bool = False,
+        only: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """[T, 1, C] in any precision (over tp with sequence parallelism) to one of
 
-        - logits [T, 1, V / tp] in the weights' precision,
+        - logits [T, 1, V / tp] in the weights' precision, with ``only`` [n] int64 of these tokens,
         - with ``labels`` [T], losses [1, T] float32, and with ``with_entropy`` losses and entropy
           [2, T] in nats,
         - with ``loss_mask`` [T] float32 too, the sum of losses times mask, whose gradients are
@@ -70,6 +72,9 @@ class LMHead(KeepFloat32, ColumnParallelLinear):
         """
         # So that what ranks add up of the gradient is in this precision too.
         hidden = input_.to(self.weight.dtype)
+        if only is not None:
+            chosen = self._all_tokens(hidden).index_select(0, only)
+            return few_rows_linear(chosen, self.weight)[:, None], None
         if labels is None:
             return super().forward(hidden, weight, runtime_gather_output)
         arguments = self._all_tokens(hidden), self.weight, labels

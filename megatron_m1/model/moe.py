@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -19,7 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_m1.model.experts import Experts
+from megatron_m1.model.linear import LinearProvider
 from megatron_m1.model.router import Float32Router
+from megatron_m1.model.routing import Routing
 from parallel.experts import ExpertGroups, exchange_and_compute
 from parallel.host import has_accelerator
 
@@ -34,7 +37,7 @@ except ImportError:
 
 def spec_provider() -> Any:
     """Megatron's linear and grouped layers: Transformer Engine's where installed, else its own."""
-    return TESpecProvider() if HAVE_TE else LocalSpecProvider()
+    return TESpecProvider() if HAVE_TE else LinearProvider()
 
 
 class MoE(MoELayer):
@@ -72,17 +75,19 @@ class MoE(MoELayer):
         hidden_states: Tensor,
         intermediate_tensors: Any = None,
         padding_mask: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, None]:
         """[T, 1, C] -> ([T, 1, C], no bias), where sequence parallelism leaves a rank T / tp.
 
         Args:
             padding_mask: T bools of the whole row, true for padding.
+            routing: of the whole row.
         """
-        padding = self.own_part(padding_mask)
+        padding, routing = self.own_part(padding_mask), self.own_routing(routing)
         if not self.scatters:
-            return self._forward(hidden_states, padding), None
+            return self._forward(hidden_states, padding, routing), None
         local = scatter_to_sequence_parallel_region(hidden_states, group=self.attn_tp_group)
-        output = self._forward(local, padding)
+        output = self._forward(local, padding, routing)
         return (
             gather_from_sequence_parallel_region(
                 output, tensor_parallel_output_grad=False, group=self.attn_tp_group
@@ -97,16 +102,63 @@ class MoE(MoELayer):
         group = self.attn_tp_group
         return padding_mask.view(1, -1).chunk(group.size(), dim=1)[group.rank()]
 
-    def _forward(self, hidden_T1C: Tensor, padding_1T: Tensor | None) -> Tensor:
-        if self.config.moe_overlap_groups == 1:
-            output, _ = super().forward(hidden_T1C, padding_mask=padding_1T)
-            return output
-        if self.moe_layer_recompute:
-            return tensor_parallel.checkpoint(self._overlapped, False, hidden_T1C, padding_1T)
-        return self._overlapped(hidden_T1C, padding_1T)
+    def own_routing(self, routing: Routing | None) -> Routing | None:
+        """Of the tokens that this tensor-parallel rank routes."""
+        group = self.attn_tp_group
+        return routing and routing.part(group.rank(), group.size())
 
-    def _overlapped(self, hidden_T1C: Tensor, padding_1T: Tensor | None) -> Tensor:
-        probs_TE, routing_TE = self.route(hidden_T1C, padding_1T)
+    def _forward(
+        self, hidden_T1C: Tensor, padding_1T: Tensor | None, routing: Routing | None
+    ) -> Tensor:
+        if self._is_alone and not self.training and not torch.is_grad_enabled():
+            return self._alone(hidden_T1C, routing)
+        compute = self._exchanged if self.config.moe_overlap_groups == 1 else self._overlapped
+        if self.moe_layer_recompute:
+            return tensor_parallel.checkpoint(
+                partial(compute, padding_1T=padding_1T, routing=routing), False, hidden_T1C
+            )
+        return compute(hidden_T1C, padding_1T, routing)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this rank has all experts, in weights that it can compute with."""
+        groups = self.expert_groups.both, self.attn_tp_group
+        return (
+            all(group.size() == 1 for group in groups)
+            and isinstance(self.experts, Experts)
+            and self.experts.usable_without_calls
+        )
+
+    def _alone(self, hidden_T1C: Tensor, routing: Routing | None) -> Tensor:
+        """No exchange and no graph: generation reads a few tokens at a time, for which Megatron's
+        dispatch would cost more than the experts."""
+        x_TC = hidden_T1C.flatten(end_dim=1)
+        probs_TK, experts_TK = self.router.assignments(x_TC, routing)
+        experts_A, order = experts_TK.flatten().sort(stable=True)
+        tokens_A = order // experts_TK.shape[1]
+        counts = experts_A.bincount(minlength=self.config.num_moe_experts).tolist()
+        probs_A = probs_TK.flatten().index_select(0, order).to(x_TC.dtype)
+        answers = self.experts.answers(x_TC.index_select(0, tokens_A), probs_A, counts)
+        return torch.zeros_like(x_TC).index_add_(0, tokens_A, answers).view_as(hidden_T1C)
+
+    def _exchanged(
+        self, hidden_T1C: Tensor, padding_1T: Tensor | None, routing: Routing | None
+    ) -> Tensor:
+        """Megatron's dispatch, all tokens at once."""
+        probs_TE, routing_TE = self.router(hidden_T1C, padding_1T, routing)
+        rows, probs = self.preprocess(hidden_T1C, probs_TE, routing_TE)
+        rows, probs = self.dispatch(rows, probs)
+        output, _ = self.routed_experts_compute(rows, probs)
+        combined = self.postprocess(self.combine(output), None)
+        # Megatron's dispatcher keeps them, and with them the graph: through the gradient hooks in
+        # C++ that holds the model, where no garbage collector sees it.
+        self.token_dispatcher.probs = None
+        return combined
+
+    def _overlapped(
+        self, hidden_T1C: Tensor, padding_1T: Tensor | None, routing: Routing | None
+    ) -> Tensor:
+        probs_TE, routing_TE = self.router(hidden_T1C, padding_1T, routing)
 
         def experts(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
             output, _ = self.experts(rows, tokens_per_expert, probs)

@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_m1.model.float32 import KeepFloat32
+from megatron_m1.model.routing import Routing
 from parallel.capacity import taken
 
 
@@ -63,17 +64,42 @@ class Float32Router(KeepFloat32, TopKRouter):
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return F.linear(input.float(), weight)
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input: Tensor,
+        padding_mask: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[N, 1, C] -> ``routing``'s result, by these weights."""
+        return self.routing(self.gating(input), padding_mask, routing)
+
+    def assignments(self, input: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor]:
+        """[N, C] -> probabilities and numbers of the experts of each token, both [N, K]: what
+        ``routing`` maps where nothing is dropped or learnt."""
+        logits = self.gating(input)
+        if routing is None:
+            scores, experts = logits.topk(self.topk, dim=1)
+        else:
+            replay = routing.of_layer(self.layer_number - 1)
+            scores, experts = replay.get_replay_topk(logits, self.topk, None, None, _largest)
+        return scores.softmax(dim=1), experts
+
+    def routing(
+        self,
+        logits: Tensor,
+        padding_mask: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """[N, 1, E] -> probabilities and routing map, both [N, E].
 
         Args:
             padding_mask: N bools, true for padding. It counts in no loss, load or capacity; where
                 there is a capacity it is sent nowhere.
+            routing: of these N tokens.
         """
         logits = logits.view(-1, self.num_experts)
-        probs, asked = topk_routing_with_score_function(
-            logits, self.topk, router_replay=self.router_replay
-        )
+        replay = routing and routing.of_layer(self.layer_number - 1)
+        probs, asked = topk_routing_with_score_function(logits, self.topk, router_replay=replay)
         text = asked.new_ones(()) if padding_mask is None else ~padding_mask.reshape(-1, 1)
         pending = asked & text
         # With recomputation the first forward runs without gradients: lose and count once.
@@ -137,3 +163,9 @@ class Float32Router(KeepFloat32, TopKRouter):
         if counts is None:
             counts = torch.zeros(2, self.num_experts, device=self.weight.device)
         return counts
+
+
+def _largest(
+    scores: Tensor, topk: int, num_groups: None = None, group_topk: None = None
+) -> tuple[Tensor, Tensor]:
+    return scores.topk(topk, dim=1)

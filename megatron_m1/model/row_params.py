@@ -8,6 +8,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_m1.model.cache import CachedRow
+from megatron_m1.model.routing import EXPERTS, Routing
 from parallel.packing import PackedRow
 from parallel.shard import Shard
 
@@ -28,12 +30,19 @@ class RowParams(PackedSeqParams):
     """[T] bool, true where there is no token of a document."""
     shard: Shard | None = None
     """What this rank does with the other parts of the row; None where it has the whole row."""
+    routing: Routing | None = None
+    """Which experts the tokens are to be sent to, where that is not left to the routers."""
+    cached: CachedRow | None = None
+    """In generation: where the tokens go on from, and the cache that holds what they go on from."""
 
     def __post_init__(self) -> None:
         self._rope: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def of(cls, row: PackedRow) -> RowParams:
+    def of(cls, row: PackedRow | CachedRow) -> RowParams:
+        if isinstance(row, CachedRow):
+            return cls(qkv_format="thd", positions=row.positions, routing=row.routing, cached=row)
+        given = row.extra.get(EXPERTS)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=row.cu_seqlens,
@@ -44,6 +53,7 @@ class RowParams(PackedSeqParams):
             cu_seqlens_host=row.cu_seqlens_host,
             padding=row.padding,
             shard=row.shard,
+            routing=None if given is None else Routing(given),
         )
 
     def rope(self, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,17 +11,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_m1.model.build import sum_of_losses
+from megatron_m1.model.cache import CachedRow
 from megatron_m1.model.schedule_plan import SchedulePlan
 from parallel.packing import PackedRow
 
 
 def run_schedule(
     chunks: list[nn.Module],
-    rows: list[PackedRow],
+    rows: Sequence[PackedRow] | Sequence[CachedRow],
     finish: Callable[..., Any],
     *,
     forward_only: bool,
-    forward: Callable[[nn.Module, PackedRow], Tensor] = sum_of_losses,
+    forward: Callable[[nn.Module, Any], Tensor] = sum_of_losses,
 ) -> list[Any]:
     """Run rows through all pipeline stages with Megatron's schedule.
 
@@ -36,7 +37,7 @@ def run_schedule(
     """
 
     def forward_step(
-        source: Iterator[PackedRow], chunk: nn.Module, return_schedule_plan: bool = False
+        source: Iterator[Any], chunk: nn.Module, return_schedule_plan: bool = False
     ) -> tuple[Tensor | SchedulePlan, Any]:
         row = next(source)
         if return_schedule_plan:

@@ -62,8 +62,9 @@ def _attention_and_routing(layer: Any, node: Any, hidden_states: Tensor) -> tupl
         hidden_states, packed_seq_params=chunk.packed_seq_params
     )
     normed, residual = layer.pre_mlp_layernorm(hidden_states)
-    padding = layer.mlp.own_part(chunk.packed_seq_params.padding)
-    probs, routing_map = layer.mlp.route(normed, padding)
+    row = chunk.packed_seq_params
+    padding, routing = layer.mlp.own_part(row.padding), layer.mlp.own_routing(row.routing)
+    probs, routing_map = layer.mlp.router(normed, padding, routing)
     rows, probs = layer.mlp.preprocess(normed, probs, routing_map)
     node.layer_state.residual = node.detach(residual)
     return rows, probs

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from kernels.attention import varlen_attention
+from megatron_m1.model.cache import Cache, KeysValues
 from megatron_m1.model.row_params import RowParams
 from parallel.varlen_ring import ring_attention
 
@@ -49,6 +50,7 @@ class VarlenCoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config)
+        self.layer_number = layer_number
         self.cp_group = pg_collection.cp
 
     def forward(
@@ -62,7 +64,9 @@ class VarlenCoreAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """query [T, H, D], key and value [T, K, D] -> [T, H*D]."""
-        shard = packed_seq_params.shard
+        shard, cached = packed_seq_params.shard, packed_seq_params.cached
+        if cached is not None:
+            return cached.attend(self.layer_number, query, key, value)
         if shard is None:
             mixed, _ = varlen_attention(query, key, value, packed_seq_params.cu_seqlens_host)
         else:
@@ -114,3 +118,11 @@ class SoftmaxAttention(SelfAttention):
         else:
             mixed = self.core_attention(query, key, value, packed_seq_params=packed_seq_params)
         return self.linear_proj(mixed.unsqueeze(1))
+
+    def add_to_cache(self, cache: Cache, slots: int, places: int) -> None:
+        """Make room for this layer's keys and values."""
+        heads, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        weight = self.linear_proj.weight
+        cache.keys_values[self.layer_number] = KeysValues(
+            *(weight.new_zeros(slots, heads, places, width) for _ in range(2))
+        )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_m1.config import TrainConfig
+from megatron_m1.config import ComputeConfig
 from megatron_m1.errors import ConfigError
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.model.moe import HAVE_TE
@@ -34,7 +34,7 @@ class M1TransformerConfig(TransformerConfig):
 
 
 def transformer_config(
-    model: ModelConfig, layout: Layout, train: TrainConfig | None = None, precision: str = "fp32"
+    model: ModelConfig, layout: Layout, train: ComputeConfig | None = None, precision: str = "fp32"
 ) -> M1TransformerConfig:
     """Megatron's configuration of the model.
 
@@ -82,7 +82,7 @@ def transformer_config(
     )
 
 
-def _experts(model: ModelConfig, layout: Layout, train: TrainConfig | None) -> dict[str, Any]:
+def _experts(model: ModelConfig, layout: Layout, train: ComputeConfig | None) -> dict[str, Any]:
     overlap = layout.overlap_moe_expert_parallel_comm and train is not None
     return {
         "num_moe_experts": model.num_experts,
@@ -135,7 +135,7 @@ def _degrees(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _recomputation(train: TrainConfig | None) -> dict[str, Any]:
+def _recomputation(train: ComputeConfig | None) -> dict[str, Any]:
     if train is None or train.recompute == "none":
         return {}
     if train.recompute == "selective":

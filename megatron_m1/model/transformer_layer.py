@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -49,17 +48,23 @@ class DeepNormLayer(TransformerLayer):
         """Weight gradients that wait for their turn (``delay_wgrad_compute``) are not used."""
         self.backward_dw_wrapper = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Megatron's, with the row's padding for the router. Megatron's own argument for it does
-        not reach later pipeline stages in the right shape."""
-        row: RowParams | None = kwargs.get("packed_seq_params")
-        return super().forward(*args, **{**kwargs, "padding_mask": row and row.padding})
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: RowParams | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """Megatron's, with what the row asks of the router. Megatron's own argument for padding
+        does not reach later pipeline stages in the right shape."""
+        hidden, _ = self._forward_attention(hidden_states, attention_mask, packed_seq_params)
+        return self._forward_mlp(hidden, packed_seq_params), None
 
     def _forward_attention(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: RowParams | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         normed, residual = self.input_layernorm(hidden_states)
@@ -69,13 +74,9 @@ class DeepNormLayer(TransformerLayer):
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return add(branch, residual, self.hidden_dropout), None
 
-    def _forward_mlp(
-        self,
-        hidden_states: Tensor,
-        inference_context: Any = None,
-        padding_mask: Tensor | None = None,
-    ) -> Tensor:
+    def _forward_mlp(self, hidden_states: Tensor, row: RowParams | None = None) -> Tensor:
         normed, residual = self.pre_mlp_layernorm(hidden_states)
-        branch = self.mlp(normed, padding_mask=padding_mask)
+        asked = {"padding_mask": row.padding, "routing": row.routing} if row else {}
+        branch = self.mlp(normed, **asked)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add(branch, residual, self.hidden_dropout)

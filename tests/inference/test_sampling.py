@@ -1,122 +1,137 @@
-"""The choice of a token, and texts that grow by it."""
+"""The choice of tokens for a batch, and the uniform numbers that choose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_m1.data.tokenizer import END_OF_DOCUMENT, train_bpe
-from megatron_m1.errors import InputError
-from megatron_m1.inference.load import Loaded, load_tokenizer
-from megatron_m1.inference.sampling import Sampling, choose, continue_text, continue_tokens
-from megatron_m1.model.build import build_chunks, forward_row
-from megatron_m1.model.transformer_config import transformer_config
-from parallel.layout import Layout
-from parallel.packing import PackedRow
-from tests.distributed import Pool
-from tests.inference.trained import LAYOUTS, load_into
-from tests.training import small_run
+from megatron_m1.inference import sampling
+from megatron_m1.inference.draws import stream, uniforms
+from megatron_m1.inference.requests import SamplingParams
+from megatron_m1.inference.sampling import draw
 
-MODEL = replace(small_run.MODEL, num_layers=2, layer_pattern="LS", vocab_size=300)
-PROMPT = [5, 6, 7, 12, 13]
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+DRAWS = 4000
 
 
-def drawn(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
-    """Shares of each token in many draws."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = [choose(LOGITS, sampling, generator) for _ in range(draws)]
-    return torch.bincount(torch.tensor(tokens), minlength=4) / draws
-
-
-def test_temperature_zero_takes_the_most_likely() -> None:
-    assert drawn(Sampling(temperature=0), draws=3).tolist() == [0, 1, 0, 0]
+def drawn(logits: Tensor, temperature: float = 1, top_k: int = 0, top_p: float = 1) -> Tensor:
+    """[DRAWS, 3], from uniform numbers at equal distances."""
+    count = (DRAWS,)
+    return draw(
+        logits.expand(DRAWS, -1),
+        (np.arange(DRAWS) + 0.5) / DRAWS,
+        np.full(count, float(temperature)),
+        np.full(count, top_k),
+        np.full(count, float(top_p)),
+    )
 
 
 @pytest.mark.parametrize(
-    ("sampling", "shares"),
+    ("options", "shares"),
     [
-        (Sampling(temperature=1), [0.1, 0.4, 0.2, 0.3]),
-        (Sampling(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
-        (Sampling(temperature=1, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),
-        (Sampling(temperature=1, top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
-        (Sampling(temperature=1, top_p=0.01), [0, 1, 0, 0]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 3}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_k": 9}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.71}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_p": 0.01}, [0, 1, 0, 0]),
+        # Of the three that are left the first has 4/9, the first two 7/9.
+        ({"top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 2, "top_p": 0.99}, [0, 4 / 7, 0, 3 / 7]),
+        ({"temperature": 0.5, "top_p": 0.8}, [0, 16 / 25, 0, 9 / 25]),
     ],
 )
-def test_shares(sampling: Sampling, shares: list[float]) -> None:
-    assert drawn(sampling).tolist() == pytest.approx(shares, abs=0.03)
+def test_shares_and_log_probabilities(options: dict[str, float], shares: list[float]) -> None:
+    found = drawn(LOGITS, **options)
+    tokens = found[:, 0].long()
+    counted = torch.bincount(tokens, minlength=4) / DRAWS
+    assert counted.tolist() == pytest.approx(shares, abs=1e-3)
+    torch.testing.assert_close(found[:, 1].exp(), torch.tensor(shares)[tokens].double())
+    torch.testing.assert_close(found[:, 2], LOGITS[tokens].double())
 
 
-def continued(layout: Layout, checkpoint: Path, sampling: Sampling) -> list[int]:
-    loaded = load_into(layout, checkpoint)
-    return list(continue_tokens(loaded.chunks, layout, PROMPT, 6, sampling))
+def test_each_sequence_has_its_own_way() -> None:
+    ways = [(0.0, 0, 1.0), (1.0, 2, 1.0), (2.0, 0, 0.6), (1.0, 0, 1.0), (0.0, 3, 0.5)]
+    logits = torch.randn(5, 50) * 3
+    chances = np.array([0.3, 0.9, 0.5, 0.01, 0.7])
+    columns = [np.array(column) for column in zip(*ways, strict=True)]
+    together = draw(logits, chances, *columns)
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = draw(logits[one], chances[one], *(column[one] for column in columns))
+        torch.testing.assert_close(together[one], alone)
 
 
-def greedy_by_hand(checkpoint: Path) -> list[int]:
-    (chunk,) = load_into(Layout(), checkpoint).chunks
-    tokens = list(PROMPT)
-    with torch.no_grad():
-        for _ in range(6):
-            row = PackedRow.from_documents([torch.tensor(tokens)])
-            tokens.append(int(forward_row(chunk.eval(), row, with_loss=False)[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
+def test_more_tokens_than_are_sorted_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(3, 200) * torch.tensor([[0.0], [1.0], [9.0]])
+    arguments = (np.array([0.2, 0.5, 0.9]), np.ones(3), np.zeros(3, int), np.full(3, 0.9))
+    whole = draw(logits, *arguments)
+    monkeypatch.setattr(sampling, "LIKELY", 20)
+    assert torch.equal(draw(logits, *arguments), whole)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_continues_alike(
-    name: str, ranks: Callable[[int], Pool], checkpoint: Path
-) -> None:
-    size, layout = LAYOUTS[name]
-    (greedy,) = ranks(1).run(greedy_by_hand, checkpoint)
-    assert ranks(size).run(continued, layout, checkpoint, Sampling()) == [greedy] * size
-    hot = Sampling(temperature=2.0, seed=3)
-    (alone,) = ranks(1).run(continued, Layout(), checkpoint, hot)
-    assert alone != greedy
-    assert ranks(size).run(continued, layout, checkpoint, hot) == [alone] * size
+def test_a_token_that_is_left_out_is_never_drawn() -> None:
+    """At the ends of the interval too."""
+    logits = torch.tensor([0.0, 5.0, 5.0, 0.0]).expand(2, -1)
+    tokens = draw(logits, np.array([0.0, 1 - 2.0**-52]), np.ones(2), np.full(2, 2), np.ones(2))[
+        :, 0
+    ]
+    assert tokens.tolist() == [1, 2]
 
 
-@pytest.fixture
-def untrained(single_process: Layout) -> Loaded:
-    return Loaded(MODEL, build_chunks(MODEL, transformer_config(MODEL, Layout()), seed=1), Path())
+def test_filters_that_let_all_in_change_nothing() -> None:
+    logits = torch.randn(100)
+    assert torch.equal(drawn(logits, top_k=100)[:, 0], drawn(logits)[:, 0])
+    assert torch.equal(drawn(logits, top_p=1 - 1e-9)[:, 0], drawn(logits)[:, 0])
 
 
-def test_text_comes_in_whole_characters(untrained: Loaded) -> None:
-    """An untrained model writes bytes at random, so that characters are cut and broken off."""
-    tokenizer = train_bpe(["naïve"], 300)
-    sampling = Sampling(temperature=1.0, seed=2)
-    arguments = (untrained.chunks, Layout())
-    ids = list(continue_tokens(*arguments, tokenizer.encode("ü"), 12, sampling, tokenizer.eod))
-    pieces = list(continue_text(*arguments, tokenizer, "ü", 12, sampling))
-    assert len(pieces) == len(ids) + 1
-    assert "".join(pieces) == tokenizer.decode(ids)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_is_not_finite_is_nan(value: float, temperature: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    ones = np.ones(2)
+    found = draw(logits, ones / 2, ones * temperature, np.zeros(2, int), ones)
+    assert found[0].isfinite().all() and found[1].isnan().all()
 
 
-def test_an_empty_prompt_starts_a_document(untrained: Loaded) -> None:
-    tokenizer = train_bpe(["naïve"], 300)
-    arguments = (untrained.chunks, Layout())
-    ids = list(continue_tokens(*arguments, [tokenizer.eod], 5, Sampling(), tokenizer.eod))
-    pieces = continue_text(*arguments, tokenizer, "", 5, Sampling())
-    assert "".join(pieces) == tokenizer.decode(ids)
+def test_uniform_numbers_are_uniform_and_apart() -> None:
+    streams = np.array([stream(s, p, i) for s in (0, 1) for p in range(10) for i in range(10)])
+    assert len(set(streams.tolist())) == 200
+    numbers = np.stack(
+        [uniforms(streams.astype(np.uint64), np.full(200, n)) for n in range(500)], axis=1
+    )
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts, _ = np.histogram(numbers, bins=20)
+    # Chi-squared with 19 degrees of freedom is above 44 once in a thousand times.
+    assert ((counts - 5000) ** 2 / 5000).sum() < 44
+    for left, right in ((numbers[:, 1:], numbers[:, :-1]), (numbers[1:], numbers[:-1])):
+        assert abs(np.corrcoef(left.ravel(), right.ravel())[0, 1]) < 0.01
 
 
-def test_generation_ends_at_the_end_of_the_document(untrained: Loaded) -> None:
-    arguments = (untrained.chunks, Layout(), [1, 2], 10, Sampling(temperature=1.0))
-    tokens = list(continue_tokens(*arguments))
-    assert len(tokens) == 10
-    assert list(continue_tokens(*arguments, stop=tokens[4])) == tokens[: tokens.index(tokens[4])]
+def test_uniform_numbers_are_those_of_every_machine() -> None:
+    """A run that goes on elsewhere, or with another NumPy, draws what it would have drawn."""
+    found = uniforms(np.array([stream(1234, 56, 7)], np.uint64), np.array([8]))
+    assert found.tolist() == [0.036152915654346085]
 
 
-def test_the_tokenizer_must_be_the_models(tmp_path: Path) -> None:
-    train_bpe(["naïve"], 300).save(tmp_path)
-    loaded = Loaded(MODEL, [], tmp_path)
-    size = load_tokenizer(None, END_OF_DOCUMENT, loaded).vocab_size
-    with pytest.raises(InputError, match=f"has {size} tokens, but the checkpoint's model knows 9"):
-        load_tokenizer(None, END_OF_DOCUMENT, replace(loaded, model=replace(MODEL, vocab_size=9)))
-    with pytest.raises(InputError, match="tokenizer=.*none.json does not exist"):
-        load_tokenizer(str(tmp_path / "none.json"), END_OF_DOCUMENT, loaded)
-    with pytest.raises(InputError, match="no token <eos> to end a document with"):
-        load_tokenizer(None, "<eos>", loaded)
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"temperature": -1}, "rollout.temperature=-1 must not be negative"),
+        ({"top_p": 1.5}, "rollout.top_p=1.5 must be above 0 and at most 1"),
+        ({"top_k": -1}, "rollout.top_k=-1 must not be negative: 0 samples from all"),
+        ({"max_new_tokens": 0}, "rollout.max_new_tokens=0 must be at least 1"),
+        ({"stop": ("a", "")}, "rollout.stop=['a', ''] holds an empty text, which ends nothing"),
+        ({"repetition_length": -1}, "rollout.repetition_length=-1 must not be negative: 0 never"),
+        ({"repetition_probability": 1}, "rollout.repetition_probability=1 must be between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_sampled_with(changes: dict, problem: str) -> None:
+    (found,) = SamplingParams(**changes).problems("rollout")
+    assert found.startswith(problem)
