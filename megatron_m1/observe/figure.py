@@ -1,4 +1,4 @@
-"""The figure of a report: loss, stability, speed, and how the experts share the work."""
+"""The figure of a report: loss or reward, stability, speed, and how the experts share the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from megatron_m1.observe.run_log import Curve, RunLog
+from megatron_m1.observe.run_log import REWARD, Curve, RunLog
 
 COLORS = ("#2a6f97", "#e07a3f", "#4c956c", "#9b5094", "#c9a227", "#5c677d")
 INK, FAINT = "#2b2d33", "#7d828c"
@@ -24,6 +24,18 @@ KINDS = {"L": ("lightning layer", "#f2c14e"), "S": ("softmax layer", "#3d405b")}
 RAW: dict[str, Any] = {"alpha": 0.45, "lw": 1}
 SMOOTH: dict[str, Any] = {"lw": 2.3}
 POINTS: dict[str, Any] = {"marker": "o", "mec": "white", "ms": 8, "lw": 0, "zorder": 4}
+# metric -> title of the small panels below the loss, and below the reward of RL.
+_PANELS = {
+    "optim/grad_norm": "Gradient norm",
+    "optim/lr": "Learning rate",
+    "perf/tokens_per_s": "Tokens per second",
+}
+_RL_PANELS = {
+    "response_length/mean": "Length",
+    "actor/entropy": "Entropy",
+    "actor/pg_clipfrac": "Clip fraction",
+    "training/rollout_probs_diff_mean": "Mismatch",
+}
 STYLE = {
     "font.size": 12,
     "text.color": INK,
@@ -70,19 +82,36 @@ def smoothing_window(curve: Curve) -> int:
 
 
 def _draw_curves(figure: SubFigure, runs: Sequence[RunLog]) -> None:
+    is_rl = any(run.is_rl for run in runs)
+    small = _RL_PANELS if is_rl else _PANELS
     axes: dict[str, Axes] = figure.subplot_mosaic(
-        [["loss"] * 3, ["norm", "lr", "speed"]], height_ratios=(1.6, 1)
+        [["top"] * len(small), [*small]], height_ratios=(1.6, 1)
     )
     for axis in axes.values():
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.margins(x=0.02)
         axis.set_xlabel("step")
-    _draw_loss(axes["loss"], runs)
-    _draw_metric(axes["norm"], runs, "optim/grad_norm", "Gradient norm")
-    _draw_metric(axes["lr"], runs, "optim/lr", "Learning rate", smooth=False)
-    _draw_metric(axes["speed"], runs, "perf/tokens_per_s", "Tokens per second")
-    axes["lr"].yaxis.set_major_formatter("{x:g}")
-    axes["speed"].yaxis.set_major_formatter(EngFormatter(sep=""))
+    if is_rl:
+        _draw_metric(axes["top"], runs, REWARD, "Reward")
+        axes["top"].legend(handles=_reward_legend(runs), loc="lower right")
+    else:
+        _draw_loss(axes["top"], runs)
+    for metric, title in small.items():
+        _draw_metric(axes[metric], runs, metric, title, smooth=metric != "optim/lr")
+        if metric == "perf/tokens_per_s":
+            axes[metric].yaxis.set_major_formatter(EngFormatter(sep=""))
+        else:
+            axes[metric].yaxis.set_major_formatter("{x:g}")
+
+
+def _reward_legend(runs: Sequence[RunLog]) -> list[Line2D]:
+    window = max(smoothing_window(run.curve(REWARD)) for run in runs)
+    color = COLORS[0] if len(runs) == 1 else FAINT
+    names = [Line2D([], [], color=c, lw=4, label=run.name) for run, c in _colored(runs)]
+    return (names if len(runs) > 1 else []) + [
+        Line2D([], [], color=color, **RAW, label="mean of the step's responses"),
+        Line2D([], [], color=color, **SMOOTH, label=f"smoothed over {window} records"),
+    ]
 
 
 def _draw_loss(axis: Axes, runs: Sequence[RunLog]) -> None:

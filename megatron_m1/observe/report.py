@@ -17,6 +17,16 @@ from megatron_m1.observe.run_log import RunLog, read_run
 # key number -> its title and how it is shown.
 ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", "{:,.0f}".format),
+    "first_reward": ("first reward, mean of 10 records", "{:.4f}".format),
+    "last_reward": ("last reward, mean of 10 records", "{:.4f}".format),
+    "last_length": ("last mean length, tokens", "{:,.1f}".format),
+    "last_entropy": ("last entropy, nats", "{:.3f}".format),
+    "clip_fraction_median": ("clip fraction, median", "{:.2%}".format),
+    "probs_diff_max": (
+        "rollout against trainer, largest difference of probability",
+        "{:.2e}".format,
+    ),
+    "pearson_min": ("rollout against trainer, lowest correlation", "{:.6f}".format),
     "first_loss": ("first loss", "{:.4f}".format),
     "last_loss": ("last loss", "{:.4f}".format),
     "best_val_loss": ("best validation loss", "{:.4f}".format),
@@ -44,7 +54,7 @@ th:first-child {{ text-align: left; font-weight: normal; color: #7d828c; }}
 pre {{ background: #f6f7f9; padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style>
 <h1>{title}</h1>
-<img alt="Loss, gradient norm, learning rate, speed and expert load"
+<img alt="Curves of the run, and the load of its experts"
      src="data:image/png;base64,{png}">
 <table>
 {table}

@@ -14,6 +14,8 @@ import yaml
 from megatron_m1.errors import InputError
 from megatron_m1.observe.records import METRICS_FILE, read_records
 
+REWARD = "critic/rewards/mean"
+LAST_REWARDS = 10  # records that a run's first and last reward are averaged over
 LAST_LOADS = 20  # records that the expert load is averaged over
 
 
@@ -59,6 +61,10 @@ class RunLog:
     layer_kinds: str
     texts: dict[str, tuple[int, str]]
 
+    @property
+    def is_rl(self) -> bool:
+        return REWARD in self.curves
+
     def curve(self, metric: str) -> Curve:
         """A metric over the steps; empty where the run did not record it."""
         return self.curves.get(metric, Curve(np.array([]), np.array([])))
@@ -72,14 +78,23 @@ class RunLog:
         loss, val = self.curve("train/loss").finite, self.curve("val/loss").finite
         best = int(np.argmin(val.values)) if len(val.values) else None
         return {
-            "steps": _last(self.curve("train/loss").steps),
+            "steps": _last(self.curve("train/step").steps),
+            "first_reward": _mean(self.curve(REWARD).finite.values[:LAST_REWARDS]),
+            "last_reward": _mean(self.curve(REWARD).finite.values[-LAST_REWARDS:]),
             "first_loss": float(loss.values[0]) if len(loss.values) else None,
             "last_loss": _last(loss.values),
             "best_val_loss": None if best is None else float(val.values[best]),
             "best_val_step": None if best is None else int(val.steps[best]),
             "tokens": _whole(_last(self.curve("train/tokens").finite.values)),
             "tokens_per_s_median": _reduce(np.median, self.curve("perf/tokens_per_s")),
-            "wall_time_s": _time_in_steps(self.curve("time/step")),
+            "wall_time_s": _time_in_steps(
+                self.curve("timing_s/step" if self.is_rl else "time/step")
+            ),
+            "last_length": _last(self.curve("response_length/mean").finite.values),
+            "last_entropy": _last(self.curve("actor/entropy").finite.values),
+            "clip_fraction_median": _reduce(np.median, self.curve("actor/pg_clipfrac")),
+            "probs_diff_max": _reduce(np.max, self.curve("training/rollout_probs_diff_max")),
+            "pearson_min": _reduce(np.min, self.curve("training/rollout_actor_probs_pearson_corr")),
             "mfu_median": _reduce(np.median, self.curve("perf/mfu")),
             "peak_mem_gib": _reduce(np.max, self.curve("perf/peak_mem_gib")),
             "max_load_violation": _reduce(np.max, self.curve("moe/max_violation")),
@@ -150,6 +165,10 @@ def _whole(value: float | None) -> int | None:
 
 def _last(values: np.ndarray) -> float | None:
     return values[-1].item() if len(values) else None
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _reduce(reduce: Callable[[np.ndarray], float], curve: Curve) -> float | None:

@@ -11,13 +11,15 @@ from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.metrics import step_metrics
 from megatron_m1.training.run import Run
 from megatron_m1.training.step import train_step
+from megatron_m1.training.stopping import stop_if_asked
 
 
-def train(run: Run, callbacks: Sequence[Callback]) -> None:
+def train(run: Run, callbacks: Sequence[Callback[Run]]) -> None:
     """Train until the run's steps or tokens are reached.
 
     Raises:
         NotFinite: a step's loss or gradient norm is not a number; nothing is saved after it.
+        Stopped: a signal asked for it; the step before it is saved.
     """
     while not run.finished:
         started = time.perf_counter()
@@ -34,6 +36,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         for callback in callbacks:
             callback.on_step(run, metrics)
         run.sinks.log(run.progress.step, metrics)
+        stop_if_asked(run, callbacks)
 
     for callback in callbacks:
         callback.on_end(run)

@@ -13,6 +13,7 @@ from megatron_m1.model.build import unwrap
 from megatron_m1.model.router import Float32Router
 from megatron_m1.observe.sinks import Metrics
 from megatron_m1.training.run import Run
+from megatron_m1.training.state import Training
 from megatron_m1.training.step import StepResult
 from parallel import host
 from parallel.packing import PackedRow
@@ -39,7 +40,7 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> Metrics:
         "time/data": result.data_seconds,
         **cut_balance(result.rows),
         **_router_losses(run, len(result.rows)),
-        **_expert_load(run),
+        **expert_load(run),
     }
     peak = peak_flops(run.config.train.precision)
     if peak:
@@ -100,7 +101,7 @@ def _router_losses(run: Run, micro_batches: int) -> Metrics:
     return metrics
 
 
-def _expert_load(run: Run) -> Metrics:
+def expert_load(run: Training) -> Metrics:
     """How the routers spread the step's tokens over the experts of each layer, and how many of
     their assignments found no room."""
     sent, asked = _take_counts(run)
@@ -115,7 +116,7 @@ def _expert_load(run: Run) -> Metrics:
     return metrics
 
 
-def _take_counts(run: Run) -> tuple[Tensor, Tensor]:
+def _take_counts(run: Training) -> tuple[Tensor, Tensor]:
     """Over all processes, [layers, experts] tokens sent and, before any was dropped, asking."""
     model = run.config.model
     counts = torch.zeros(model.num_layers, 2, model.num_experts, device=host.device())

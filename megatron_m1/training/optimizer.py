@@ -54,3 +54,9 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Give every parameter group the rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def set_clip(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the gradient to this norm from the coming step on; 0 does not clip."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.config.clip_grad = norm

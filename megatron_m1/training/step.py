@@ -14,7 +14,8 @@ from megatron_m1.data.reader import Reader
 from megatron_m1.model.schedule import run_schedule
 from megatron_m1.training import phases
 from megatron_m1.training.optimizer import set_learning_rate
-from megatron_m1.training.run import Run, data_rank
+from megatron_m1.training.run import Run
+from megatron_m1.training.state import data_rank
 from parallel import host
 from parallel.layout import Layout
 from parallel.packing import PackedRow

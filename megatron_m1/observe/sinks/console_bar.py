@@ -12,7 +12,10 @@ from megatron_m1.observe.sinks.console_line import Pace, format_fields, format_l
 from megatron_m1.observe.sinks.sink import Metrics
 
 LINES = 10  # permanent lines left above the bar in the course of a run
-FIELDS = ("train/loss", "optim/grad_norm", "optim/lr", "perf/tokens_per_s", "perf/mfu")
+FIELDS = (
+    *("critic/rewards/mean", "response_length/mean", "actor/entropy"),
+    *("train/loss", "optim/grad_norm", "optim/lr", "perf/tokens_per_s", "perf/mfu"),
+)
 
 
 def _fixed(text: str, width: int) -> TextColumn:

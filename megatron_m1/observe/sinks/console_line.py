@@ -10,13 +10,21 @@ from megatron_m1.observe.sinks.sink import Metrics, scalars
 
 # metric -> how it is shown, in the order shown. A metric that a record lacks is left out.
 FIELDS = {
+    "critic/rewards/mean": "reward {:.3f}",
+    "response_length/mean": "length {:.1f}",
+    "actor/entropy": "entropy {:.3f}",
+    "actor/pg_clipfrac": "clipped {:.1%}",
+    "actor/grad_norm": "grad norm {:.3f}",
+    "training/rollout_actor_probs_pearson_corr": "corr {:.5f}",
     "train/loss": "loss {:.4f}",
     "optim/grad_norm": "grad norm {:.3f}",
     "optim/lr": "lr {:.2e}",
     "perf/tokens_per_s": "{:,.0f} tokens/s",
+    "perf/throughput": "{:,.0f} tokens/s",
     "perf/mfu": "MFU {:.1%}",
     "perf/peak_mem_gib": "mem {:.1f} GiB",
     "time/step": "time {:.2f} s",
+    "timing_s/step": "time {:.2f} s",
     "val/loss": "val loss {:.4f}",
     "val/ppl": "val ppl {:.2f}",
 }

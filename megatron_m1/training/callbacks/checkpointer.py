@@ -15,10 +15,10 @@ from megatron_m1.config import CheckpointConfig
 from megatron_m1.errors import StorageError
 from megatron_m1.observe.sinks import Metrics
 from megatron_m1.training.callbacks.callback import Callback
-from megatron_m1.training.run import Run
+from megatron_m1.training.state import Training
 
 
-class Checkpointer(Callback):
+class Checkpointer(Callback[Training]):
     """Saves every so many steps and, where asked, when training ends. With ``async_save`` the next
     steps run while the disk works; at most one save is on its way."""
 
@@ -27,7 +27,7 @@ class Checkpointer(Callback):
         self._on_its_way: Save | None = None
         self._saved: Save | None = None
 
-    def on_step(self, run: Run, metrics: Metrics) -> None:
+    def on_step(self, run: Training, metrics: Metrics) -> None:
         started = time.perf_counter()
         is_due = bool(self.config.every) and run.progress.step % self.config.every == 0
         is_busy = self._on_its_way is not None
@@ -40,14 +40,20 @@ class Checkpointer(Callback):
         if is_due or (is_busy and not self._on_its_way):
             metrics["time/save"] = time.perf_counter() - started
 
-    def on_stop(self, run: Run) -> None:
+    def on_stop(self, run: Training) -> None:
         with self._told(run, is_fatal=False):
             self._finish(run)
 
-    def on_end(self, run: Run) -> None:
+    def on_pause(self, run: Training) -> None:
+        self._close(run, is_saved=True)
+
+    def on_end(self, run: Training) -> None:
+        self._close(run, self.config.save_at_end)
+
+    def _close(self, run: Training, is_saved: bool) -> None:
         with self._told(run):
             self._finish(run)
-        if self.config.save_at_end and not self._has_saved(run.progress.step):
+        if is_saved and not self._has_saved(run.progress.step):
             # Nothing comes after it that could make up for it.
             with self._told(run, is_fatal=True):
                 self._start(run)
@@ -58,19 +64,19 @@ class Checkpointer(Callback):
     def _has_saved(self, step: int) -> bool:
         return self._saved is not None and step_of(self._saved.path) == step
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Training) -> None:
         self._on_its_way = Save(run)
         if not self.config.async_save:
             self._finish(run)
 
-    def _finish(self, run: Run) -> None:
+    def _finish(self, run: Training) -> None:
         saving, self._on_its_way = self._on_its_way, None
         if saving:
             run.sinks.text(run.progress.step, "checkpoint", str(saving.finish()))
             self._saved = saving
 
     @contextmanager
-    def _told(self, run: Run, is_fatal: bool | None = None) -> Iterator[None]:
+    def _told(self, run: Training, is_fatal: bool | None = None) -> Iterator[None]:
         """Raise a failed save or only tell of it, as ``checkpoint.on_error`` says or as told here.
         All processes have the same error."""
         try:

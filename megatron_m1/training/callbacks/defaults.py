@@ -10,10 +10,10 @@ from megatron_m1.training.callbacks.sampler import Sampler
 from megatron_m1.training.run import Run
 
 
-def default_callbacks(run: Run) -> list[Callback]:
+def default_callbacks(run: Run) -> list[Callback[Run]]:
     """The callbacks that a run's configuration asks for, in the order they are called."""
     config = run.config
-    found: list[Callback] = []
+    found: list[Callback[Run]] = []
     if config.train.eval_every and run.corpus.valid:
         found.append(Evaluator(config.train.eval_every, config.train.eval_rows))
     found.append(Checkpointer(config.checkpoint))

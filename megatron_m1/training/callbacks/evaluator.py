@@ -10,7 +10,7 @@ from megatron_m1.training.run import Run
 from megatron_m1.training.step import evaluate, read_rows
 
 
-class Evaluator(Callback):
+class Evaluator(Callback[Run]):
     """Every ``every`` steps, the mean loss over the first ``rows`` held-out rows."""
 
     def __init__(self, every: int, rows: int) -> None:

@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts, rollout, rewards, objectives and the loop that joins them."""

@@ -1,0 +1,1 @@
+"""Verifiers of responses, and the processes that they run in."""

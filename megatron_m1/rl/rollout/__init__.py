@@ -1,0 +1,1 @@
+"""Rollout: where the policy's responses come from."""

@@ -1,0 +1,72 @@
+"""From a configuration to a run of RL, over Megatron's initialised groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.rl.collecting import Judge
+from megatron_m1.rl.config import RLConfig
+from megatron_m1.rl.rewards.length_bias import LengthBias
+from megatron_m1.rl.rewards.scorer import Scorer
+from megatron_m1.rl.rollout.engine import Engine
+from megatron_m1.rl.rollout.native import NativeEngine
+from megatron_m1.rl.samples import Prompt, Response, Scored
+from megatron_m1.rl.sources import open_prompts, open_tokenizer
+from megatron_m1.rl.state import RLRun, build_collector
+from megatron_m1.rl.windows import Windows
+from megatron_m1.training.state import build_model
+
+
+@contextmanager
+def rl_run(config: RLConfig) -> Iterator[RLRun]:
+    """Model, optimizer, engine, prompts and, until the block ends, verifiers of a run."""
+    tokenizer = open_tokenizer(config)
+    prompts = open_prompts(config, config.seed)
+    transformer, chunks, optimizer = build_model(config, config.train)
+    engine = build_engine(config, chunks, tokenizer)
+    with _judge(config, tokenizer) as judge:
+        yield RLRun(
+            config,
+            transformer,
+            chunks,
+            optimizer,
+            tokenizer,
+            engine,
+            build_collector(config, prompts, tokenizer, engine, judge),
+            Windows(config.rl.windows, config.rollout.max_new_tokens),
+            length_bias=LengthBias(config.reward.generative.length_bias),
+        )
+
+
+def build_engine(config: RLConfig, chunks: list[nn.Module], tokenizer: Tokenizer) -> Engine:
+    rollout = config.rollout
+    return NativeEngine(
+        chunks,
+        tokenizer,
+        slots=rollout.slots,
+        prefill_tokens=rollout.prefill_tokens,
+        record_experts=config.rl.routing_replay,
+    )
+
+
+@contextmanager
+def _judge(config: RLConfig, tokenizer: Tokenizer) -> Iterator[Judge]:
+    """The verifiers, which the first process has."""
+    if dist.get_rank() != 0:
+        yield _nobody
+        return
+    with Scorer(
+        config.reward, lambda tokens: tokenizer.decode(tokens, skip_special=True)
+    ) as scorer:
+        scorer.prepare(task.name for task in config.data.tasks)
+        yield scorer.submit
+
+
+def _nobody(prompt: Prompt, response: Response) -> Future[Scored]:
+    raise AssertionError("the first process judges")
