@@ -7,6 +7,7 @@ program sees these dataclasses only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_m1.model.config import ModelConfig
 from parallel.layout import Layout
@@ -83,7 +84,23 @@ class BatchPhase:
 
 
 @dataclass
-class TrainConfig:
+class ComputeConfig:
+    """How a training step computes.
+
+    Attributes:
+        recompute: activations to compute again in the backward pass: none, selective, full.
+        recompute_modules: what ``selective`` means: core_attn (of softmax layers) and/or moe.
+        report: draw the run's report when training ends.
+    """
+
+    precision: str = "bf16"
+    recompute: str = "none"
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    report: bool = True
+
+
+@dataclass
+class TrainConfig(ComputeConfig):
     """The length and shape of the run. Batches count rows of ``seq_length`` tokens.
 
     Attributes:
@@ -91,10 +108,7 @@ class TrainConfig:
         tokens: after this many tokens; exactly one of the two is set.
         eval_every: steps between evaluations on held-out rows; 0 never.
         eval_rows: rows of an evaluation.
-        recompute: activations to compute again in the backward pass: none, selective, full.
-        recompute_modules: what ``selective`` means: core_attn and/or moe.
         sample_prompt: text to continue when training ends; null for none.
-        report: draw the run's report when training ends.
     """
 
     steps: int | None = None
@@ -102,15 +116,11 @@ class TrainConfig:
     global_batch: int = 8
     micro_batch: int = 1
     seq_length: int = 512
-    precision: str = "bf16"
     batch_phases: list[BatchPhase] = field(default_factory=list)
     eval_every: int = 0
     eval_rows: int = 32
-    recompute: str = "none"
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     sample_prompt: str | None = None
     sample_tokens: int = 64
-    report: bool = True
 
 
 @dataclass
@@ -162,8 +172,8 @@ class LoggerConfig:
 
 
 @dataclass
-class RunConfig:
-    """Everything that a pretraining run is made of.
+class CommonConfig:
+    """What every run that trains a model is made of.
 
     Attributes:
         run_dir: folder of the metrics, the configuration, the report and the checkpoints.
@@ -174,15 +184,25 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: Layout = field(default_factory=Layout)
-    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run_dir: str = "runs/default"
     seed: int = 1234
     world_size: int | None = None
     dry_run: bool = False
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return Path(self.checkpoint.dir or Path(self.run_dir) / "checkpoints")
+
+
+@dataclass
+class RunConfig(CommonConfig):
+    """A pretraining run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass

@@ -91,8 +91,8 @@ def score_problems(config: ScoreConfig) -> list[str]:
 
 
 def _inference_problems(layout: Layout, checkpoint: LoadConfig, precision: str) -> list[str]:
-    found = _not_among("precision", precision, PRECISIONS)
-    found += _not_among("checkpoint.verify", checkpoint.verify, VERIFY)
+    found = not_among("precision", precision, PRECISIONS)
+    found += not_among("checkpoint.verify", checkpoint.verify, VERIFY)
     if not checkpoint.load:
         found.append("checkpoint.load is missing: give checkpoint.load=FOLDER of a run")
     if layout.vpp:
@@ -185,19 +185,19 @@ def _below(config: RunConfig, keys: tuple[str, ...], least: int = 0) -> Iterator
 def _choices(config: RunConfig) -> list[str]:
     train = config.train
     found = [
-        *_not_among("train.precision", train.precision, PRECISIONS),
-        *_not_among("train.recompute", train.recompute, RECOMPUTE),
-        *_not_among("logger.wandb", config.logger.wandb, WANDB_MODES),
-        *_not_among("data.corpus", config.data.corpus, CORPORA),
-        *_not_among("checkpoint.verify", config.checkpoint.verify, VERIFY),
-        *_not_among("checkpoint.on_error", config.checkpoint.on_error, ON_ERROR),
+        *not_among("train.precision", train.precision, PRECISIONS),
+        *not_among("train.recompute", train.recompute, RECOMPUTE),
+        *not_among("logger.wandb", config.logger.wandb, WANDB_MODES),
+        *not_among("data.corpus", config.data.corpus, CORPORA),
+        *not_among("checkpoint.verify", config.checkpoint.verify, VERIFY),
+        *not_among("checkpoint.on_error", config.checkpoint.on_error, ON_ERROR),
     ]
     for module in train.recompute_modules:
-        found += _not_among("train.recompute_modules", module, RECOMPUTE_MODULES)
+        found += not_among("train.recompute_modules", module, RECOMPUTE_MODULES)
     return found
 
 
-def _not_among(key: str, value: str, choices: tuple[str, ...]) -> list[str]:
+def not_among(key: str, value: str, choices: tuple[str, ...]) -> list[str]:
     return [] if value in choices else [f"{key}={value} is not one of {', '.join(choices)}"]
 
 
@@ -269,7 +269,7 @@ def _optim_problems(optim: OptimConfig) -> list[str]:
 
 
 def _lr_phase_problems(where: str, end: str, phase: LrPhase) -> list[str]:
-    found = _not_among(f"{where}.shape", phase.shape, SHAPES)
+    found = not_among(f"{where}.shape", phase.shape, SHAPES)
     if phase.tokens < 1:
         found.append(f"{where}.tokens={phase.tokens} must be at least 1")
     if where != "optim" and phase.lr <= 0:

@@ -8,6 +8,7 @@ first problem and explain it on ten lines.
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_m1 import launcher
+from megatron_m1.cluster import failures
 from megatron_m1.config_reading import did_you_mean, read_section, schema_keys, takes_text
-from megatron_m1.errors import ConfigError, UserError
+from megatron_m1.errors import ConfigError, Stopped, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _OVERRIDE = re.compile(r"^(?P<sign>[+~]*)(?P<key>[\w./@-]+)(=(?P<value>.*))?$", re.DOTALL)
@@ -49,6 +51,9 @@ def main(name: str, schema: type[Config], run: Callable[[Config], None]) -> None
             run(load(name, schema, arguments))
     except UserError as error:
         raise SystemExit(report(error)) from None
+    except Exception as error:
+        failures.record(error)
+        raise
 
 
 def load(name: str, schema: type[Config], overrides: Sequence[str] = ()) -> Config:
@@ -70,6 +75,9 @@ def load(name: str, schema: type[Config], overrides: Sequence[str] = ()) -> Conf
 
 def report(error: UserError) -> int:
     """Print a user's error once and give its exit code."""
+    if isinstance(error, Stopped):
+        return _report_stop(error)
+    failures.record(error)
     where = ""
     if not launcher.is_first_process():
         # What is wrong for all is said by the first process, and torchrun ends the others with it.
@@ -79,6 +87,16 @@ def report(error: UserError) -> int:
     for line in str(error).splitlines():
         print(f"error{where}: {line}", file=sys.stderr)
     return error.exit_code
+
+
+def _report_stop(stopped: Stopped) -> int:
+    """All processes stopped alike, so one says it and none waits."""
+    # A launcher ends the others with a signal when the first is gone, and code and saved state
+    # would seem lost: Python drops handlers while it shuts down, but keeps this.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if launcher.is_first_process():
+        print(stopped, file=sys.stderr)
+    return stopped.exit_code
 
 
 def _run_by_hydra(name: str, schema: type[Config], run: Callable[[Config], None]) -> None:

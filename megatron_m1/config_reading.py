@@ -89,6 +89,8 @@ def _read(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
             return None
     if typing.get_origin(kind) is list:
         return _read_list(typing.get_args(kind)[0], value, key, problems)
+    if typing.get_origin(kind) is dict:
+        return _read_names(typing.get_args(kind)[1], value, key, problems)
     try:
         return _READERS[kind](value)
     except (TypeError, ValueError):
@@ -101,6 +103,14 @@ def _read_list(kind: Any, value: Any, key: str, problems: list[str]) -> list[Any
         problems.append(f"{key}={_shown(value)} is not a list: write {key}=[{_shown(value)}]")
         return []
     return [_read(kind, item, f"{key}[{i}]", problems) for i, item in enumerate(value)]
+
+
+def _read_names(kind: Any, value: Any, key: str, problems: list[str]) -> dict[str, Any]:
+    """Names that are not in the schema, such as those of environment variables."""
+    if not isinstance(value, dict):
+        problems.append(f"{key}={_shown(value)} must hold names with values")
+        return {}
+    return {str(name): _read(kind, item, f"{key}.{name}", problems) for name, item in value.items()}
 
 
 def _read_count(value: Any) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 EXIT_USAGE = 64
+EXIT_UNFIT = 69
 EXIT_NOT_FINITE = 70
+EXIT_STORAGE = 73
 EXIT_INPUT = 74
-EXIT_STORAGE = 75
+EXIT_STOPPED = 75
 
 
 class UserError(Exception):
@@ -41,3 +43,10 @@ class StorageError(UserError):
     before is as it was, and the same command goes on from it once that is mended."""
 
     exit_code = EXIT_STORAGE
+
+
+class Stopped(UserError):
+    """A signal ended the run before its last step, on every process alike. What was trained is
+    saved, and the same command goes on from there."""
+
+    exit_code = EXIT_STOPPED

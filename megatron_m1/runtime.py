@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_m1.cluster import failures
 from megatron_m1.model.float32 import without_tf32
 from parallel import host
 from parallel.layout import Layout
@@ -32,6 +33,10 @@ def processes(layout: Layout) -> Iterator[None]:
     try:
         layout.build_groups()
         yield
+    except BaseException as error:
+        # Before the groups are left, which may wait for processes that are gone.
+        failures.record(error)
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -103,6 +103,7 @@ def _serve(pipe: Any, rank: int, size: int, port: int, log: str) -> None:
         RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from parallel.layout import close_groups
 
@@ -120,6 +121,8 @@ def _serve(pipe: Any, rank: int, size: int, port: int, log: str) -> None:
         pipe.send(outcome)
         del outcome
         close_groups()
+        # Megatron copies each scale into the first one, which has no dimension without a schedule.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def _free_port() -> int:

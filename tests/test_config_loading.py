@@ -38,7 +38,7 @@ def refused(*overrides: str) -> list[str]:
         ("tp=2", "unknown key tp: did you mean parallel.tp?"),
         ("optim.steps=2", "unknown key optim.steps: did you mean train.steps?"),
         ("+model.zzz=1", "unknown key +model.zzz: did you mean model?"),
-        ("zzzzzz=1", "unknown key zzzzzz: the keys begin with model, parallel, data, optim"),
+        ("zzzzzz=1", "unknown key zzzzzz: the keys begin with model, parallel, optim, checkpoint"),
         ("+train.steps=3", "+train.steps: the key exists already, write train.steps=3"),
         ("++train.steps=3", "++train.steps: the key exists already, write train.steps=3"),
         ("+model=tiny", "+model: the key exists already, write model=tiny"),
@@ -54,7 +54,7 @@ def test_arguments_that_name_no_key(argument: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("argument", "problem"),
     [
-        ("model=big", "model=big is not one of m1_100m, m1_1b,"),
+        ("model=big", "model=big is not one of demo_rl, m1_100m, m1_1b,"),
         ("experiment=foo", "experiment=foo is not one of m1_100m, m1_1b,"),
         ("model={", "model={ cannot be read: no viable alternative at input '{'"),
         ("run_dir=${nowhere}", "Interpolation key 'nowhere' not found"),

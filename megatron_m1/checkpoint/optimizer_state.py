@@ -50,8 +50,7 @@ def sharded_optimizer(
     Args:
         model: the sharded state of the model chunks, as ``model0``, ``model1``, ...
     """
-    if is_loading:
-        _fill_moments(optimizer)
+    _fill_moments(optimizer)
     parts = optimizer.chained_optimizers
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         # Megatron looks its parameters up in one model's dictionary, or in model0, model1, ...
@@ -198,10 +197,10 @@ def _own_steps(part: DistributedOptimizer) -> None:
 
 
 def _fill_moments(optimizer: MegatronOptimizer) -> None:
-    """Megatron asks the optimizer for what it is about to load, but torch's AdamW has moments only
-    after its first step."""
+    """Megatron asks the optimizer for what it is about to load, and what is saved before a first
+    step must load too, but torch's AdamW has moments only after it."""
     for part in optimizer.chained_optimizers:
-        if not isinstance(part.optimizer, torch.optim.AdamW):
+        if not isinstance(part.optimizer, torch.optim.AdamW) or part.optimizer.state:
             continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:

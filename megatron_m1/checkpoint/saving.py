@@ -35,7 +35,7 @@ from megatron_m1.checkpoint.writing import Staged, Written, stage, write_common,
 from megatron_m1.errors import StorageError
 
 if TYPE_CHECKING:
-    from megatron_m1.training.run import Run
+    from megatron_m1.training.state import Training
 
 T = TypeVar("T")
 _TOKENIZER = "tokenizer.json"
@@ -49,7 +49,7 @@ class Save:
         path: where the checkpoint will be.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Training) -> None:
         """Copy the state and start to write it.
 
         Raises:
@@ -139,12 +139,11 @@ class Save:
         self._removal = _in_background(lambda: folders.remove(aside))
 
 
-def _stage(run: Run) -> Staged:
+def _stage(run: Training) -> Staged:
     run.finish_parameter_gather()
     state = {
         **sharded_training(run, is_loading=False),
-        "progress": asdict(run.progress),
-        "reader": run.reader.state_dict(),
+        **run.state_dict(),
         "content_metadata": dict(LAYOUT),
     }
     # What the distributed optimizer gives is put together for the checkpoint alone.

@@ -10,14 +10,14 @@ from megatron_m1.checkpoint.imported import is_imported, model_differences
 from megatron_m1.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_m1.training.run import Run
+    from megatron_m1.training.state import Training
 
 
-def start(run: Run, path: Path) -> str:
+def start(run: Training, path: Path) -> str:
     """Bring a run to what a checkpoint holds. Collective.
 
-    Imported weights have no optimizer, step or position of the data: the run begins at step 0 with
-    fresh moments.
+    Imported weights have no optimizer, step or position of the data, and those of another program
+    (RL after pretraining) mean nothing here: the run begins at step 0 with fresh moments.
 
     Returns:
         What was done, in words.
@@ -25,7 +25,8 @@ def start(run: Run, path: Path) -> str:
     Raises:
         InputError: the checkpoint is damaged, or of another model or other data.
     """
-    if not is_imported(path):
+    imported = is_imported(path)
+    if not imported and store.is_of_kind(path, run.config):
         store.load(run, path)
         return f"{path}: going on from step {run.progress.step}"
     differing = model_differences(run.config.model, store.saved_model(path))
@@ -36,4 +37,4 @@ def start(run: Run, path: Path) -> str:
     store.load_weights(run.chunks, path)
     # The FP32 copies that the optimizer works on.
     run.optimizer.reload_model_params()
-    return f"{path}: a new run from imported weights"
+    return f"{path}: a new run from {'imported' if imported else 'its'} weights"

@@ -10,7 +10,7 @@ from megatron_m1.checkpoint.optimizer_state import metadata, sharded_optimizer
 from megatron_m1.model.build import unwrap
 
 if TYPE_CHECKING:
-    from megatron_m1.training.run import Run
+    from megatron_m1.training.state import Training
 
 
 def sharded_model(chunks: list[nn.Module]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def sharded_model(chunks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-def sharded_training(run: Run, is_loading: bool) -> dict[str, Any]:
+def sharded_training(run: Training, is_loading: bool) -> dict[str, Any]:
     """Weights and optimizer. Collective."""
     model = sharded_model(run.chunks)
     return {**model, "optimizer": sharded_optimizer(run.optimizer, model, is_loading)}

@@ -1,9 +1,9 @@
 """Training state on disk: Megatron's distributed checkpoints in numbered folders.
 
 A checkpoint holds weights and optimizer state in the coordinates of the whole model, so any layout
-can load it, the progress of the run, the position of the data reader, the configuration and the
-tokenizer. No random state: training draws nothing after the weights' start but the data order,
-which follows from the seed and the position.
+can load it, the progress of the run, its position in the data, the configuration and the tokenizer.
+No random state: training draws nothing after the weights' start but the data order, which follows
+from the seed and the position, and a rollout's draws follow from the seed and the response's place.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_m1.errors import InputError
 from megatron_m1.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from megatron_m1.config import RunConfig
-    from megatron_m1.training.run import Run
+    from megatron_m1.config import CommonConfig
+    from megatron_m1.training.state import Training
 
 # Keys of the model that the weights do not depend on: they may change between runs.
 _FREE = (
@@ -35,7 +35,7 @@ _FREE = (
 )
 
 
-def save(run: Run) -> Path:
+def save(run: Training) -> Path:
     """Write the state after the current step, and wait for it. Collective.
 
     Returns:
@@ -50,7 +50,7 @@ def save(run: Run) -> Path:
     return path
 
 
-def load(run: Run, path: Path) -> None:
+def load(run: Training, path: Path) -> None:
     """Bring a run to the state of a checkpoint that any layout of the same model wrote. Collective.
 
     Raises:
@@ -60,10 +60,8 @@ def load(run: Run, path: Path) -> None:
     state = read_state(sharded_training(run, is_loading=True), path)
     load_model(run.chunks, state)
     load_optimizer(run.optimizer, state["optimizer"])
-    run.progress.step = state["progress"]["step"]
-    run.progress.tokens = state["progress"]["tokens"]
     try:
-        run.reader.load_state_dict(state["reader"])
+        run.load_state_dict(state)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -71,6 +69,11 @@ def load(run: Run, path: Path) -> None:
 def load_weights(chunks: list[nn.Module], path: Path) -> None:
     """Fill the model chunks alone, for inference. Collective."""
     load_model(chunks, read_state(sharded_model(chunks), path))
+
+
+def is_of_kind(path: Path, config: CommonConfig) -> bool:
+    """Whether a checkpoint was written by the program that ``config`` is for."""
+    return ("rl" in _saved_config(path)) == hasattr(config, "rl")
 
 
 def saved_model(path: Path) -> ModelConfig:
@@ -89,7 +92,7 @@ def _saved_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path / CONFIG} cannot be read as a configuration: {error}") from error
 
 
-def _check(path: Path, config: RunConfig) -> None:
+def _check(path: Path, config: CommonConfig) -> None:
     """Refuse a checkpoint whose weights or optimizer do not fit this run."""
     saved, here = asdict(saved_model(path)), asdict(config.model)
     differing = [

@@ -6,14 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_m1 import pretrain
+from megatron_m1 import pretrain, train_rl
+from megatron_m1.cluster.config import SubmitConfig
 from megatron_m1.config import GenerateConfig, RunConfig, ScoreConfig
 from megatron_m1.config_checks import generate_problems, run_problems, score_problems
 from megatron_m1.config_loading import CONF, load
 from megatron_m1.planning.config import PlanConfig
+from megatron_m1.rl.config import RLConfig
+from megatron_m1.rl.config_checks import rl_problems
 
 GROUP_FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 EXPERIMENTS = [path.stem for path in GROUP_FILES if path.parent.name == "experiment"]
+OF_RL = {
+    *(str(path) for path in GROUP_FILES if path.parent.name in ("rl", "rollout", "reward")),
+    *("data/tasks.yaml", "data/files.yaml", "train/rl.yaml"),
+    *("experiment/rl_tiny.yaml", "experiment/m1_recipe.yaml"),
+}
 MODELS = [path.stem for path in GROUP_FILES if path.parent.name == "model"]
 
 
@@ -27,6 +35,13 @@ def described(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 def test_every_option_of_every_group_makes_a_run(path: Path) -> None:
     # Eight-fold tensor parallelism needs more heads than the default model has.
     model = ["model=m1_456b"] if path.stem == "h800_m1" else []
+    if path.parent.name == "cluster":
+        assert load("submit", SubmitConfig, [f"cluster={path.stem}"]).problems() == []
+        return
+    if str(path) in OF_RL:
+        rl = load("train_rl", RLConfig, [f"{path.parent}={path.stem}"])
+        assert rl_problems(rl, rl.parallel.smallest_world) == []
+        return
     of_planner = path.parent.name == "plan"
     program, schema = ("plan", PlanConfig) if of_planner else ("pretrain", RunConfig)
     config = load(program, schema, [f"{path.parent}={path.stem}", *model])
@@ -35,7 +50,11 @@ def test_every_option_of_every_group_makes_a_run(path: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_dry_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = described(capsys, f"experiment={name}")
+    if f"experiment/{name}.yaml" in OF_RL:
+        train_rl.run(load("train_rl", RLConfig, ["dry_run=true", f"experiment={name}"]))
+        text = capsys.readouterr().out
+    else:
+        text = described(capsys, f"experiment={name}")
     assert f"run_dir: runs/{name}" in text
     assert "GiB on the fullest process" in text
 
@@ -68,3 +87,26 @@ def test_generate_and_score_compose() -> None:
     assert generate_problems(generate) == []
     score = load("score", ScoreConfig, ["checkpoint.load=a", "tokens=a.jsonl", "out=b.npy"])
     assert score_problems(score) == []
+
+
+def test_the_recipe_is_what_the_report_says(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("train_rl", RLConfig, ["experiment=m1_recipe"])
+    assert (config.optim.betas, config.optim.eps) == ([0.9, 0.95], 1e-15)
+    assert config.rl.updates_per_batch == 16
+    assert (config.rl.is_weight_min, config.rl.mask_max) == (0.0, None)
+    assert config.rl.aggregation == "prompt_mean"
+    assert config.rl.dynamic_sampling
+    assert config.rl.windows.stages == [k * 1024 for k in (40, 48, 56, 64, 72, 80)]
+    assert (config.rollout.repetition_length, config.rollout.repetition_probability) == (3000, 0.99)
+    assert config.model.fp32_lm_head
+    assert config.model.aux_loss_coef == 0
+    lowered = [(phase.is_weight_max, phase.clip_grad) for phase in config.rl.late]
+    assert lowered == sorted(lowered, reverse=True)
+
+
+def test_rl_refuses_the_routers_losses_unless_asked() -> None:
+    config = load("train_rl", RLConfig, ["model.aux_loss_coef=1e-3"])
+    (problem,) = rl_problems(config, 1)
+    assert "model.aux_loss_coef=0.001" in problem
+    asked = load("train_rl", RLConfig, ["model.aux_loss_coef=1e-3", "rl.router_losses=true"])
+    assert rl_problems(asked, 1) == []

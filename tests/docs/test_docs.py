@@ -13,20 +13,38 @@ from typing import Any
 import pytest
 
 from megatron_m1.checkpoint.mapping import MINIMAX
-from megatron_m1.config import BatchPhase, GenerateConfig, LrPhase, RunConfig, ScoreConfig
+from megatron_m1.config import (
+    BatchPhase,
+    CommonConfig,
+    GenerateConfig,
+    LrPhase,
+    RunConfig,
+    ScoreConfig,
+)
 from megatron_m1.config_checks import run_problems
 from megatron_m1.config_loading import load
+from megatron_m1.rl.config import LatePhase, RLConfig, TaskConfig
+from megatron_m1.rl.config_checks import rl_problems
+from megatron_m1.rl.rewards.config import VerifierConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, *(page for page in sorted(ROOT.glob("*.md")))]
-PROGRAMS = {"pretrain": RunConfig, "generate": GenerateConfig, "score": ScoreConfig}
+PROGRAMS = {
+    "pretrain": RunConfig,
+    "train_rl": RLConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+}
 
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 CODE = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
-METRIC = re.compile(r"(train|val|optim|perf|time|moe)/[a-z_]+")
+METRIC = re.compile(
+    r"(train|val|optim|perf|time|moe|actor|critic|cispo|response_length|rollout|rollout_corr"
+    r"|training|reward|timing_s)(/[a-z0-9_]+)+"
+)
 MADE_BY_RUNS = ("runs", "data", "RUN_DIR")
 BANNED = {
     "unfinished": re.compile(r"\b(TODO|FIXME|XXX|TBD)\b"),
@@ -103,9 +121,14 @@ def test_command_is_understood(command: list[str]) -> None:
         config = load(name, PROGRAMS[name], [word for word in given if not word.startswith("-")])
         if isinstance(config, RunConfig):
             assert run_problems(config, started_processes(command, config)) == []
+        if isinstance(config, RLConfig):
+            assert rl_problems(config, started_processes(command, config)) == []
     elif tools:
         source = (ROOT / tools[0]).read_text()
-        flags = [word for word in command if word.startswith("--")]
+        # What stands before the tool is a launcher's, and behind a bare -- another program's.
+        given = command[command.index(tools[0]) + 1 :]
+        given = given[: given.index("--")] if "--" in given else given
+        flags = [word for word in given if word.startswith("--")]
         assert [flag for flag in flags if f'"{flag}"' not in source] == []
     elif command[0] == "make":
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -124,7 +147,7 @@ def test_python_runs(block: str) -> None:
     exec(compile(block, "example", "exec"), {})
 
 
-def started_processes(command: list[str], config: RunConfig) -> int:
+def started_processes(command: list[str], config: CommonConfig) -> int:
     """How many processes a command trains on, or stands for in a dry run."""
     if "--nproc-per-node" in command:
         return int(command[command.index("--nproc-per-node") + 1])
@@ -167,6 +190,8 @@ def as_written(value: Any) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(as_written, value))}]"
+    if isinstance(value, dict):
+        return str(value)
     if isinstance(value, float):
         return str(value) if value == 0 or abs(value) >= 1e-3 else f"{value:g}".replace("e-0", "e-")
     return str(value) or '""'
@@ -178,6 +203,12 @@ def test_every_key_is_on_the_page_with_its_default(program: str) -> None:
     if program == "pretrain":
         expected |= defaults(LrPhase(), "optim.phases.")
         expected |= defaults(BatchPhase(), "train.batch_phases.")
+    elif program == "train_rl":
+        shared = defaults(CommonConfig())
+        expected = {key: value for key, value in expected.items() if key not in shared}
+        expected |= defaults(TaskConfig(), "data.tasks.")
+        expected |= defaults(LatePhase(), "rl.late.")
+        expected |= defaults(VerifierConfig(), "reward.verifiers.")
     else:
         expected = {k: v for k, v in expected.items() if not k.startswith("parallel.")}
     table = rows(section("configuration.md", f"Keys of `{program}`"))
@@ -202,7 +233,8 @@ def written_names() -> tuple[set[str], set[str]]:
     """Metrics and texts that training writes: keys of dictionaries and of assignments in its code,
     and the names given to ``sinks.text``."""
     metrics, texts = set(), set()
-    for file in (ROOT / "megatron_m1/training").rglob("*.py"):
+    folders = (ROOT / "megatron_m1/training", ROOT / "megatron_m1/rl")
+    for file in [file for folder in folders for file in folder.rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Dict):
                 keys: list[ast.expr | None] = list(node.keys)
@@ -219,7 +251,8 @@ def written_names() -> tuple[set[str], set[str]]:
 def test_metrics_are_those_that_training_writes() -> None:
     metrics, texts = written_names()
     page = (ROOT / "docs/metrics.md").read_text()
-    tables = section("metrics.md", "Every step") + section("metrics.md", "Evaluations")
+    titles = ("Every step", "Evaluations", "Reinforcement learning")
+    tables = "".join(section("metrics.md", title) for title in titles)
     assert sorted(name.strip("`") for name, *_ in rows(tables)) == sorted(metrics)
     assert {name.strip("`") for name, _ in rows(section("metrics.md", "Texts"))} == texts
     assert {span for span in CODE.findall(page) if METRIC.fullmatch(span)} <= metrics
