@@ -49,7 +49,7 @@ def _first_whole(paths: list[Path], verify: str, leases: ExitStack) -> Path | No
     for number, path in enumerate(paths, 1):
         try:
             agreement.on_first(partial(leases.enter_context, lease.reading(path)))
-            _verify(path, verify)
+            _verify(path, verify, is_last=number == len(paths))
             return path
         except InputError as error:
             if number == len(paths):
@@ -58,10 +58,12 @@ def _first_whole(paths: list[Path], verify: str, leases: ExitStack) -> Path | No
     return None
 
 
-def _verify(path: Path, verify: str) -> None:
+def _verify(path: Path, verify: str, is_last: bool) -> None:
     """Compare a checkpoint with its manifest, each process its share of the files."""
     files = agreement.on_first(lambda: _manifest(path))
     if files is None:
+        if not is_last:
+            raise InputError(f"checkpoint {path} is damaged: it has no {MANIFEST}")
         _warn(f"checkpoint {path} has no {MANIFEST}: it is read without being verified")
         return
     mine = manifest.share(files, dist.get_rank(), dist.get_world_size())

@@ -47,6 +47,11 @@ def earlier(path: Path) -> list[Path]:
     return sorted(filter(is_whole, found), key=step_of, reverse=True)
 
 
+def _all_whole(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step_*") if step_of(path) >= 0 and is_whole(path)]
+    return sorted(found, key=step_of, reverse=True)
+
+
 def given_by(where: str) -> list[Path]:
     """The checkpoints that a path means, the one to take first: itself; or the latest of a folder
     or of a run, and then the earlier ones there.
@@ -66,15 +71,19 @@ def given_by(where: str) -> list[Path]:
 
 def from_latest(folder: Path) -> list[Path]:
     """The checkpoint that ``latest`` names, and then the earlier ones. Later ones are of a run that
-    was taken back to an earlier step, or of a save that was killed just before it counted.
+    was taken back to an earlier step, or of a save that was killed just before it counted; where
+    ``latest`` is missing or damaged they are all there is to go by.
 
     Raises:
         InputError: ``latest`` names one that is not there, and there is no earlier one.
     """
     pointer = folder / LATEST
-    if not pointer.is_file():
-        return []
-    path = folder / Path(pointer.read_text().strip()).name
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    path = folder / Path(named).name
+    if step_of(path) < 0:
+        found = _all_whole(folder)
+        if found or not pointer.is_file():
+            return found
     replaced = path.with_suffix(REPLACED)
     if not path.exists() and is_whole(replaced):
         # A save was killed while it put a new checkpoint in the place of this one.

@@ -31,10 +31,11 @@ def start(run: Training, path: Path) -> str:
         return f"{path}: going on from step {run.progress.step}"
     differing = model_differences(run.config.model, store.saved_model(path))
     # The base may change with the length of the sequences.
-    differing.pop("rope_theta", None)
+    base = differing.pop("rope_theta", None)
     if differing:
         raise InputError(f"checkpoint {path} is of another model: {', '.join(differing.values())}")
     store.load_weights(run.chunks, path)
     # The FP32 copies that the optimizer works on.
     run.optimizer.reload_model_params()
-    return f"{path}: a new run from {'imported' if imported else 'its'} weights"
+    begun = f"{path}: a new run from {'imported' if imported else 'its'} weights"
+    return f"{begun}, with another base of rotation: {base}" if base else begun

@@ -144,7 +144,8 @@ def _progress(path: Path) -> str:
 
 def _describe_model(model: ModelConfig) -> Report:
     sizes = {key: value for key, value in asdict(model).items() if value is not None}
-    shown = ("layer_pattern", *(key for key, value in sizes.items() if type(value) is int))
+    numbers = (key for key, value in sizes.items() if type(value) in (int, float))
+    shown = ("layer_pattern", *numbers)
     return {
         "parameters": f"{model.num_params():,}, {model.active_params():,} active",
         "model": " ".join(f"model.{key}={sizes[key]}" for key in shown),

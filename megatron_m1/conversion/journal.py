@@ -77,11 +77,11 @@ class Journal:
 
     def publish(self) -> None:
         """Give the whole folder its name."""
-        self._path.unlink()
-        sync_folder(self.folder)
         if self.out.exists():
             self.out.rmdir()
         self.folder.rename(self.out)
+        # Not before: killed in between, it would be begun again from nothing.
+        (self.out / self._path.name).unlink()
         sync_folder(self.out.parent)
         self.close()
 

@@ -27,7 +27,8 @@ class Rope:
 
     Attributes:
         rotary_dim: dimensions of a head that it asks to rotate; None where it does not say.
-        divisors: of the frequencies, for ``longrope``.
+        divisors: of the frequencies, for ``longrope``; None where lengths differ in them or
+            attention is scaled too.
     """
 
     theta: Any
@@ -46,7 +47,10 @@ def read_rope(values: Mapping[str, Any]) -> Rope:
         rotary = round(head_dim * share)
     kind = said.get("rope_type") or said.get("type") or "default"
     theta = said.get("rope_theta", values.get("rope_theta"))
-    return Rope(theta, str(kind), rotary, said.get("long_factor"))
+    # Without an attention_factor transformers makes one of the factor.
+    scale = said.get("attention_factor", said.get("factor"))
+    is_plain = scale == 1 and said.get("short_factor") == said.get("long_factor")
+    return Rope(theta, str(kind), rotary, said.get("long_factor") if is_plain else None)
 
 
 def written_partly(model: ModelConfig) -> dict[str, Any]:

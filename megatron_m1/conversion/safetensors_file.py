@@ -98,7 +98,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         return _tensors(header, path, _LENGTH + length, size)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a safetensors file: {error}") from error
 
 

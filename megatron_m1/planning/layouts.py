@@ -80,12 +80,13 @@ def search(config: PlanConfig) -> Search:
     plan, model = config.plan, config.model
     _refuse(plan_problems(plan))
     configured = _configured(config)
+    limit = (plan.gpu_memory_gb - plan.reserved_gb) * GIB
     if not plan.search.enabled:
         _refuse(run_problems(config, plan.gpus))
         assert configured
-        return Search([configured], 1, configured.memory.total, configured)
+        fitting = [configured] if configured.memory.total <= limit else []
+        return Search(fitting, 1, configured.memory.total, configured)
     _refuse(_problems_without_degrees(config))
-    limit = (plan.gpu_memory_gb - plan.reserved_gb) * GIB
     known, found, judged, tightest = _KnownTimes(config), [], 0, math.inf
     reason = "give other degrees or nodes"
     for layout in _layouts(config, known):
@@ -98,8 +99,6 @@ def search(config: PlanConfig) -> Search:
                 continue
             needed = memory.estimate(candidate, plan.gpus)
             judged, tightest = judged + 1, min(tightest, needed.total)
-            if needed.weights + needed.gradients + needed.optimizer > limit:
-                break
             if needed.total <= limit:
                 cost = step_cost(candidate, plan, known.of(layout, train))
                 found.append(Candidate(candidate, needed, cost))

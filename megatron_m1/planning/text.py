@@ -136,8 +136,9 @@ def _configured(found: Answer) -> list[str]:
 def _how_many_fit(found: Answer) -> str:
     plan, tightest = found.config.plan, found.search.tightest / GIB
     if not plan.search.enabled:
-        fits = "fits" if tightest <= plan.gpu_memory_gb - plan.reserved_gb else "does not fit"
-        return f"# the layout that is configured {fits}"
+        limit = plan.gpu_memory_gb - plan.reserved_gb
+        fits = "fits" if tightest <= limit else "does not fit"
+        return f"# the layout that is configured {fits}: it needs {tightest:.1f} GiB of {limit:g}"
     fitting = f"# {len(found.search.found):,} of {found.search.judged:,} combinations fit"
     if found.best:
         return fitting

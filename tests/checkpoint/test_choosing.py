@@ -62,6 +62,26 @@ def test_a_pointer_cannot_lead_out_of_its_folder(run: Run, checkpoint: Path) -> 
         from_latest(run.checkpoint_dir)
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"step_"])
+def test_without_a_readable_pointer_the_newest_counts(
+    content: bytes | None, run: Run, checkpoint: Path, newer: Path
+) -> None:
+    pointer = run.checkpoint_dir / "latest"
+    pointer.unlink()
+    if content is not None:
+        pointer.write_bytes(content)
+    assert from_latest(run.checkpoint_dir) == [newer, checkpoint]
+    assert from_latest(run.dir / "nothing") == []
+
+
+def test_without_its_manifest_a_checkpoint_gives_way(
+    run: Run, checkpoint: Path, newer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (newer / MANIFEST).unlink()
+    assert choice(None, run.checkpoint_dir) == checkpoint
+    assert "is damaged: it has no manifest.json; going back" in capsys.readouterr().err
+
+
 def test_a_restarted_run_goes_on_from_its_own_checkpoints(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,19 @@ def test_a_permuted_rotation_is_computed_right(
     again = import_folder(folder, tmp_path / "again")
     assert store.saved_model(again).rotary_dim == PARTIAL.rotary_dim
     assert_equal(parameters_of(again), parameters_of(partial))
+
+
+@pytest.mark.parametrize("change", [{"attention_factor": 3.0}, {"short_factor": [1.0] * 8}])
+def test_a_rotation_that_does_more_is_refused(
+    change: dict[str, Any], partial: Path, tmp_path: Path
+) -> None:
+    folder = export_checkpoint(partial, tmp_path / "hf", "transformers", permute_rope=True)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("rope_scaling", "rope_parameters"):
+        config[key] = {**config[key], **change}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="rope_type=longrope is not known"):
+        import_folder(folder, tmp_path / "again")
 
 
 def test_without_the_permutation_it_would_be_wrong(

@@ -183,6 +183,14 @@ def test_a_header_that_lies_is_refused(entry: Any, said: str, tmp_path: Path) ->
         read_header(file)
 
 
+def test_a_header_without_an_end_is_refused(tmp_path: Path) -> None:
+    header = b'{"x":' * 100_000
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InputError, match="is not a safetensors file"):
+        read_header(file)
+
+
 def test_an_index_and_its_shards_must_agree(folder: Path) -> None:
     index = folder / INDEX
     before = index.read_text()

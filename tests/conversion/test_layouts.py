@@ -154,3 +154,11 @@ def test_weights_of_another_model_are_refused(
     with pytest.raises(InputError, match="rotary_dim=8 here, 16 there") as refused:
         starting.start(run, imported)
     assert "rope_theta" not in str(refused.value)
+
+
+def test_another_base_of_rotation_is_said(
+    single_process: Layout, prefix: str, imported: Path, tmp_path: Path
+) -> None:
+    longer = replace(config_of(tmp_path, prefix, Layout()), model=replace(WHOLE, rope_theta=5e5))
+    said = starting.start(start(longer), imported)
+    assert "another base of rotation: model.rope_theta=500000.0 here, 10000.0 there" in said

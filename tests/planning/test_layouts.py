@@ -52,8 +52,10 @@ def test_the_whole_model_needs_many_gpus(plan_for: Make) -> None:
 def test_a_configured_layout_is_judged_alone(plan_for: Make) -> None:
     config = plan_for("plan.search.enabled=false", "parallel=h800_m1", "plan.nodes=8")
     found = search(config)
-    assert [each.config for each in found.found] == [config]
-    assert found.found[0].memory.total == found.tightest > 70 * GIB
+    assert found.found == [] and found.configured and found.configured.config == config
+    assert found.configured.memory.total == found.tightest > 70 * GIB
+    larger = search(plan_for("plan.search.enabled=false", "parallel=h800_m1", "plan.nodes=64"))
+    assert larger.found == [larger.configured]
 
 
 def test_a_configured_layout_is_judged_beside_the_search(plan_for: Make) -> None:
