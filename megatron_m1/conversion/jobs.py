@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ def import_job(given: Recognised, out: Path, dtype: str, shard_size: int) -> Job
         IMPORTED: {"format": given.family.name, "dtype": dtype},
     }
     writer = OurCheckpoint(target, forms, config, given.folder.path)
-    identity = {"source": _identity(given.folder), "dtype": dtype, "shard_size": shard_size}
+    identity = {
+        "source": _identity(given.folder),
+        "config": config,
+        "dtype": dtype,
+        "shard_size": shard_size,
+    }
     return Job(given.weights, writer, shards, out, identity)
 
 
@@ -83,6 +89,13 @@ def export_job(path: Path, out: Path, options: ExportOptions) -> Job:
     derived = decay_forms(model, block) if family.has_decays else {}
     shards = divide(target, forms, derived, options.shard_size, _their_file, whole_tensors=True)
     config = config_of(path, model, family, forms, like, options.max_length)
+    length = config.get("max_position_embeddings")
+    if length and not (options.max_length or like.get("max_position_embeddings")):
+        print(
+            f"warning: {path} does not say how long sequences may be, so config.json gets "
+            f"max_position_embeddings={length}: give --max-length, or --like with an original",
+            file=sys.stderr,
+        )
     writer = SafetensorsFolder(
         model,
         target,

@@ -36,8 +36,10 @@ def compare_logits(sides: Sides, path: Path, given: Recognised, rows: Sequence[T
     with _one_process():
         ours = our_logits(path, rows)
     theirs = their_logits(given, rows)
-    scale = max(1.0, *(logits.abs().max().item() for logits in theirs))
-    largest = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    # Maxima of tensors, which keep what is not a number.
+    scale = torch.stack([logits.abs().max() for logits in theirs]).max().clamp(min=1).item()
+    differences = [(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]
+    largest = torch.stack(differences).max().item()
     tokens = sum(len(row) for row in rows)
     text = f"largest difference {largest:.2g} over {tokens} tokens, logits up to {scale:.2g}"
     return Rung("logits", OK if largest <= TOLERANCE * scale else FAILED, text)

@@ -202,6 +202,19 @@ def test_a_permuted_rotation_is_computed_right(
     assert_equal(parameters_of(again), parameters_of(partial))
 
 
+def test_a_length_that_nobody_gave_is_said(
+    partial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(partial, checkpoint)
+    for name in ("foreign_config.json", manifest.MANIFEST):
+        (checkpoint / name).unlink()
+    export_checkpoint(checkpoint, tmp_path / "a", "minimax_m1")
+    assert "gets max_position_embeddings=" in capsys.readouterr().err
+    export_checkpoint(checkpoint, tmp_path / "b", "minimax_m1", max_length=99)
+    assert "max_position_embeddings" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"attention_factor": 3.0}, {"short_factor": [1.0] * 8}])
 def test_a_rotation_that_does_more_is_refused(
     change: dict[str, Any], partial: Path, tmp_path: Path
