@@ -80,7 +80,7 @@ def from_latest(folder: Path) -> list[Path]:
     pointer = folder / LATEST
     named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     path = folder / Path(named).name
-    if step_of(path) < 0:
+    if not named or step_of(path) < 0:
         found = _all_whole(folder)
         if found or not pointer.is_file():
             return found
