@@ -117,13 +117,13 @@ def test_settings_of_a_site(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> No
     script = shown(
         *("cluster=h800", "nodes=64", "cluster.partition=big", "cluster.account=a1"),
         *("cluster.qos=high", "cluster.exclude=n[3,7]", "cluster.sbatch=['--switches=1']"),
-        *("cluster.container.mounts=[/data:/data,/runs]", "cluster.container.workdir=/work/m1"),
+        *("cluster.container.mounts=[/data:/data,/runs]", "cluster.container.workdir=/code/m1"),
         *("cluster.srun=['--mpi=none']", "cluster.setup=['module load a']", *TRAIN),
     )
     given = {"--partition=big", "--account=a1", "--qos=high", "--exclude=n[3,7]", "--switches=1"}
     assert given <= set(options(script))
     assert (
-        "--kill-on-bad-exit=1 --container-image=images/m1.sqsh --container-workdir=/work/m1 "
+        "--kill-on-bad-exit=1 --container-image=images/m1.sqsh --container-workdir=/code/m1 "
         "--container-mounts=/data:/data,/runs --mpi=none"
     ) in script
     assert "\nmodule load a\n" in script
