@@ -31,7 +31,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.lightning import sweep
+import kernels.lightning.sweep as sweep
 from kernels.triton_runtime import INTERPRETED, compute_dtype
 
 SHORTEST_PIECE = 512

@@ -8,26 +8,13 @@ from typing import Any
 import torch
 
 from megatron_m1.config import LoggerConfig, OptimConfig
-from megatron_m1.model.config import ModelConfig
 from megatron_m1.rl.config import PolicyConfig, RLConfig, RolloutConfig, StepsConfig
 from megatron_m1.rl.groups import Group
 from megatron_m1.rl.samples import Prompt, Response, Scored
 from parallel.layout import Layout
+from tests.training import small_run
 
-MODEL = ModelConfig(
-    name="small",
-    num_layers=4,
-    layer_pattern="LLLS",
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=16,
-    rotary_dim=8,
-    ffn_hidden_size=32,
-    num_experts=4,
-    vocab_size=64,
-    aux_loss_coef=0.0,
-)
+MODEL = replace(small_run.MODEL, aux_loss_coef=0.0)
 
 
 def rl_config(folder: str, layout: Layout | None = None, **sections: Any) -> RLConfig:
