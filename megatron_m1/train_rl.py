@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_m1 import launcher
 from megatron_m1.config_loading import main
-from megatron_m1.errors import ConfigError
 from megatron_m1.rl.config import RLConfig
 from megatron_m1.rl.config_checks import data_problems, rl_problems
 from megatron_m1.rl.dry_run import describe
-from megatron_m1.training import stopping
+from megatron_m1.training.program import run_program
 
 if TYPE_CHECKING:
     from megatron_m1.rl.state import RLRun
@@ -22,27 +20,7 @@ if TYPE_CHECKING:
 
 def run(config: RLConfig) -> None:
     """Check the configuration, then describe the run or train it."""
-    world = launcher.world_size()
-    if config.dry_run and world == 1:
-        world = config.world_size or config.parallel.smallest_world
-    problems = rl_problems(config, world)
-    if not config.dry_run:
-        problems += data_problems(config)
-    if problems:
-        raise ConfigError(problems)
-    if config.dry_run:
-        if launcher.is_first_process():
-            print(describe(config, world))
-        return
-    stopping.listen()
-    # Torch and Megatron take seconds to import; what is answered above needs neither.
-    from parallel import host
-
-    host.enable()
-    from megatron_m1.runtime import processes
-
-    with processes(config.parallel):
-        train(config)
+    run_program(config, rl_problems, data_problems, describe, train)
 
 
 def train(config: RLConfig) -> RLRun:
