@@ -68,10 +68,8 @@ def _waits_again(slurm: LocalSlurm, number: str) -> bool:
 
 
 def _is_over(slurm: LocalSlurm, number: str) -> bool:
+    slurm.shorten_hold(number)
     shown = slurm.run("scontrol", "show", "job", number)
-    if "Reason=BeginTime" in shown:
-        # Slurm holds what was queued again for two minutes.
-        slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")
     return "JobState=COMPLETED" in shown or "JobState=FAILED" in shown
 
 

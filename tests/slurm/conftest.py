@@ -83,13 +83,11 @@ class Job:
             raise AssertionError(f"{error}; the log of the job:\n{self.log}") from None
 
     def finish(self) -> str:
-        """Wait for the end, and say how it ended. A job that was queued again is held for two
-        minutes by Slurm, from which it is released."""
+        """Wait for the end, and say how it ended. The hold after a requeue is shortened."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
         def is_over() -> bool:
-            if self.show("Reason") == "BeginTime":
-                self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            self.slurm.shorten_hold(self.number)
             return self.show("JobState") in ended
 
         self.wait(is_over, f"the end of job {self.number}")
