@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.autocast import without_autocast
+
 BLOCK = 512
 """Queries and keys of a block: long enough for efficient products and few launches, short enough
 that a causal document of a thousand tokens skips some of what it must not see."""
@@ -21,6 +23,7 @@ SCORES = 1 << 26
 always taken whole, `H * BLOCK**2` of them."""
 
 
+@without_autocast
 def forward(
     q_NHLD: Tensor,
     k_NKMD: Tensor,
@@ -62,6 +65,7 @@ def _attend(
     return out_NKRD.div_(total_NKR1), total_NKR1.log_().add_(highest_NKR1)
 
 
+@without_autocast
 def backward(
     d_out_NHLD: Tensor,
     q_NHLD: Tensor,

@@ -26,10 +26,15 @@ def forward(
     """`attention_forward`. Arguments are checked by the caller."""
     kernel = cpu_flash if q_THD.device.type == "cpu" else blockwise
     T, H, _ = q_THD.shape
+    runs = segments.runs()
+    if _is_all(runs, T, k_SKD.shape[0]):
+        q, k, v = _queries(q_THD, runs[0]), _keys(k_SKD, runs[0]), _keys(v_SKD, runs[0])
+        out, lse = kernel.forward(q, k, v, scale, segments.causal, out_dtype)
+        return _row(out, out_dtype), lse.transpose(0, 1).flatten(1)
     out_THD = torch.zeros(q_THD.shape, dtype=out_dtype, device=q_THD.device)
     lse_dtype = torch.promote_types(q_THD.dtype, torch.float32)
     lse_HT = torch.full((H, T), -torch.inf, dtype=lse_dtype, device=q_THD.device)
-    for run in segments.runs():
+    for run in runs:
         q, k, v = _queries(q_THD, run), _keys(k_SKD, run), _keys(v_SKD, run)
         out, lse = kernel.forward(q, k, v, scale, segments.causal, out_dtype)
         _queries(out_THD, run).copy_(out)
@@ -51,11 +56,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_backward`. Arguments are checked by the caller."""
     kernel = cpu_flash if q_THD.device.type == "cpu" else blockwise
-    dq_THD, dk_SKD, dv_SKD = (
-        torch.zeros(x.shape, dtype=grad_dtype, device=x.device) for x in (q_THD, k_SKD, v_SKD)
-    )
-    for run in segments.runs():
-        dq, dk, dv = kernel.backward(
+
+    def of_run(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        return kernel.backward(
             _queries(d_out_THD, run),
             _queries(q_THD, run),
             _keys(k_SKD, run),
@@ -67,10 +70,30 @@ def backward(
             segments.causal,
             grad_dtype,
         )
+
+    runs = segments.runs()
+    if _is_all(runs, q_THD.shape[0], k_SKD.shape[0]):
+        dq, dk, dv = of_run(runs[0])
+        return _row(dq, grad_dtype), _row(dk, grad_dtype), _row(dv, grad_dtype)
+    dq_THD, dk_SKD, dv_SKD = (
+        torch.zeros(x.shape, dtype=grad_dtype, device=x.device) for x in (q_THD, k_SKD, v_SKD)
+    )
+    for run in runs:
+        dq, dk, dv = of_run(run)
         _queries(dq_THD, run).copy_(dq)
         _keys(dk_SKD, run).copy_(dk)
         _keys(dv_SKD, run).copy_(dv)
     return dq_THD, dk_SKD, dv_SKD
+
+
+def _is_all(runs: list[Run], queries: int, keys: int) -> bool:
+    """Whether one run is all of the row: what the kernel returns is the result, without a copy."""
+    return len(runs) == 1 and runs[0][:2] == (slice(0, queries), slice(0, keys))
+
+
+def _row(x_NHLD: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[T, H, D]` of the run that is all of the row."""
+    return x_NHLD.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
 def _queries(x_THD: Tensor, run: Run) -> Tensor:

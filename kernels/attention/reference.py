@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.attention.segments import Segments
+from kernels.autocast import without_autocast
 
 
+@without_autocast
 def forward(
     q_THD: Tensor,
     k_SKD: Tensor,
@@ -36,6 +38,7 @@ def forward(
     return out_THD.to(out_dtype), torch.cat(lses, dim=1)
 
 
+@without_autocast
 def backward(
     d_out_THD: Tensor,
     q_THD: Tensor,

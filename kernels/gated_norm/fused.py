@@ -25,7 +25,8 @@ def sum_of_squares(x: Tensor) -> Tensor:
     x_RW = _rows(x)
     R, W = x_RW.shape
     out = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    _sum_of_squares[(R,)](x_RW, out, x_RW.stride(0), W, **_launch(W))
+    with torch.cuda.device_of(x):
+        _sum_of_squares[(R,)](x_RW, out, x_RW.stride(0), W, **_launch(W))
     return out
 
 
@@ -33,7 +34,10 @@ def sum_of_squares_backward(d_sum: Tensor, x: Tensor) -> Tensor:
     """See `kernels.gated_norm.autograd.Backend`."""
     x_RW, dx = _rows(x), _empty_like(x)
     R, W = x_RW.shape
-    _sum_of_squares_backward[(R,)](d_sum.contiguous(), x_RW, dx, x_RW.stride(0), W, **_launch(W))
+    with torch.cuda.device_of(x):
+        _sum_of_squares_backward[(R,)](
+            d_sum.contiguous(), x_RW, dx, x_RW.stride(0), W, **_launch(W)
+        )
     return dx
 
 
@@ -47,19 +51,20 @@ def forward(
     if mean_square is None:
         mean_square = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     mean_square = mean_square.contiguous()
-    _forward[(R,)](
-        x_RW,
-        gate_RW,
-        weight.contiguous(),
-        mean_square,
-        y,
-        x_RW.stride(0),
-        gate_RW.stride(0),
-        W,
-        eps,
-        WHOLE=whole,
-        **_launch(W),
-    )
+    with torch.cuda.device_of(x):
+        _forward[(R,)](
+            x_RW,
+            gate_RW,
+            weight.contiguous(),
+            mean_square,
+            y,
+            x_RW.stride(0),
+            gate_RW.stride(0),
+            W,
+            eps,
+            WHOLE=whole,
+            **_launch(W),
+        )
     return y, mean_square
 
 
@@ -80,26 +85,27 @@ def backward(
     dx, dgate = _empty_like(x), _empty_like(gate)
     d_mean_square = None if whole else torch.empty_like(mean_square)
     dw_PW = torch.empty(P, W, dtype=torch.float32, device=x.device)
-    _backward[(P,)](
-        dy_RW,
-        x_RW,
-        gate_RW,
-        weight.contiguous(),
-        mean_square,
-        dx,
-        dgate,
-        dw_PW,
-        d_mean_square,
-        dy_RW.stride(0),
-        x_RW.stride(0),
-        gate_RW.stride(0),
-        R,
-        W,
-        eps,
-        WHOLE=whole,
-        STAGES=2 if launch["TILE"] <= WIDEST_PREFETCHED else 1,
-        **launch,
-    )
+    with torch.cuda.device_of(x):
+        _backward[(P,)](
+            dy_RW,
+            x_RW,
+            gate_RW,
+            weight.contiguous(),
+            mean_square,
+            dx,
+            dgate,
+            dw_PW,
+            d_mean_square,
+            dy_RW.stride(0),
+            x_RW.stride(0),
+            gate_RW.stride(0),
+            R,
+            W,
+            eps,
+            WHOLE=whole,
+            STAGES=2 if launch["TILE"] <= WIDEST_PREFETCHED else 1,
+            **launch,
+        )
     return dx, dgate, dw_PW.sum(0).to(weight.dtype), d_mean_square
 
 

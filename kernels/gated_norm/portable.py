@@ -12,6 +12,8 @@ Shapes: R rows, W channels.
 import torch
 from torch import Tensor
 
+from kernels.autocast import without_autocast
+
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """See `kernels.gated_norm.autograd.Backend`. One pass, and nothing as large as x."""
@@ -34,6 +36,7 @@ def forward(
     return y, mean_square
 
 
+@without_autocast
 def backward(
     dy: Tensor,
     x: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu as apply_silu
 
-from kernels.lightning import choose_backend, lightning_attention
+from kernels.lightning import DTYPES, check_decay, choose_backend, lightning_attention
 
 
 @torch.no_grad()
@@ -29,9 +29,9 @@ def lightning_decode(
     """The next token of each sequence: `S <- exp(-decay) S + k v^T` in place, `o = q^T S`.
 
     Args:
-        q, k: `[S, H, D]`, any strides.
+        q, k: `[S, H, D]`, float16, bfloat16, float32 or float64, any strides.
         v: `[S, H, Dv]` of the same dtype.
-        decay: `[H]` float32 slopes.
+        decay: `[H]` float32, the finite slopes s_h >= 0.
         states: `[P, H, D, Dv]` float32 (float64 for float64 q), contiguous, changed in place.
         slots: `[S]` int32 or int64, which state each sequence has; no two alike. A negative slot
             is filling: its output is zero and no state is touched. Or a slice of the pool of S
@@ -43,14 +43,15 @@ def lightning_decode(
         `[S, H, Dv]` in v's dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or backend that does not fit. Slots beyond the pool and
-            slots that repeat are the caller's mistake: looking for them would wait for a device.
+        ValueError: a shape, dtype, device, slope, slot or backend that does not fit. Slots and
+            slopes on a device are not checked, as that would wait for it.
     """
     decode = getattr(choose_backend(backend, q), "decode", _decode)
     if isinstance(slots, slice):
         places = range(*slots.indices(states.shape[0]))
         if decode is not _decode or len(places) != q.shape[0]:
-            slots = torch.tensor(places, device=q.device)
+            end = places.start + len(places) * places.step
+            slots = torch.arange(places.start, end, places.step, device=q.device)
     _check(q, k, v, decay, states, slots)
     return decode(q, k, v, decay, states, slots, silu)
 
@@ -82,7 +83,7 @@ def lightning_prefill(
     """
     if q.dim() == 4 and v.dim() == 4:  # lightning_attention names what is wrong with others
         _check_pool(states, q.dtype, [*q.shape[2:], v.shape[3]])
-    _check_slots(slots, cu_seqlens.numel() - 1)
+    _check_slots(slots, cu_seqlens.numel() - 1, states.shape[0], with_filling=False)
     _check_devices(q=q, states=states, slots=slots)
     index = slots.long()
     o, final = lightning_attention(
@@ -141,17 +142,15 @@ def _check(
             "q and k must be [S, H, D] and v [S, H, Dv], got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if decay.shape != q.shape[1:2] or decay.dtype != torch.float32:
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
-            f"decay must be float32 of shape [{q.shape[1]}], got {decay.dtype} of shape "
-            f"{list(decay.shape)}"
+            f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
+    check_decay(decay, q.shape[1])
     _check_pool(states, q.dtype, [*q.shape[1:], v.shape[2]])
     _check_devices(q=q, k=k, v=v, decay=decay, states=states)
     if isinstance(slots, Tensor):
-        _check_slots(slots, q.shape[0])
+        _check_slots(slots, q.shape[0], states.shape[0], with_filling=True)
         _check_devices(q=q, slots=slots)
 
 
@@ -165,12 +164,18 @@ def _check_pool(states: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
         )
 
 
-def _check_slots(slots: Tensor, sequences: int) -> None:
+def _check_slots(slots: Tensor, sequences: int, pool: int, with_filling: bool) -> None:
+    """A negative slot is filling, where there may be such."""
     if list(slots.shape) != [sequences] or slots.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"slots must be int32 or int64 of shape [{sequences}], got {slots.dtype} of shape "
             f"{list(slots.shape)}"
         )
+    if slots.device.type != "cpu":
+        return
+    used = [slot for slot in slots.tolist() if slot >= 0 or not with_filling]
+    if used and (min(used) < 0 or max(used) >= pool or len(set(used)) < len(used)):
+        raise ValueError(f"slots must differ and be in 0..{pool - 1}, got {used}")
 
 
 def _check_devices(**tensors: Tensor) -> None:

@@ -104,16 +104,17 @@ def backward(
     config: Config | None = None,
     piece: int | None = None,
 ) -> Tensor | None:
-    """See `kernels.lightning.autograd.Backend`."""
+    """See `kernels.lightning.autograd.Backend`. Without `states` they are computed anew."""
     if d_o is None:
         d_o = torch.zeros_like(v)
     row = _Row.of(q, v, decay, cu_seqlens, config, piece)
-    entering = states if row.is_cut else _dense(initial_state)
+    if states is None:
+        states, _ = _entering_states(row, _Sum(k, v, silu, silu), initial_state, False)
     d_entering, d_initial = _entering_states(
         row, _Sum(q, d_o, silu, False), d_final_state, need_initial, reverse=True
     )
     before = q if silu else None, k if silu else None, v if silu else None
-    _sweep_row(row, d_o, False, _Sum(v, k, silu, silu), dq, before[0], entering, transposed=True)
+    _sweep_row(row, d_o, False, _Sum(v, k, silu, silu), dq, before[0], states, transposed=True)
     reverse: dict[str, Any] = {"state": d_entering, "reverse": True}
     _sweep_row(row, v, silu, _Sum(d_o, q, False, silu), dk, before[1], transposed=True, **reverse)
     _sweep_row(row, k, silu, _Sum(q, d_o, silu, False), dv, before[2], leaving=d_initial, **reverse)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu as apply_silu
 
+from kernels.autocast import without_autocast
 from kernels.packed import document_bounds
 
 
+@without_autocast
 def lightning_attention_reference(
     q_BTHD: Tensor,
     k_BTHD: Tensor,
@@ -49,6 +51,7 @@ def state(
     ].detach()
 
 
+@without_autocast
 def state_gradient(
     q_BTHD: Tensor, d_o_BTHDv: Tensor, decay_H: Tensor, cu_seqlens: Tensor | None, silu: bool
 ) -> Tensor:

@@ -9,6 +9,10 @@ Shapes: C tokens in a chunk, D key width, E value channels of a program.
 import triton
 import triton.language as tl
 
+_LENGTHS = ["tokens", "documents", "pieces_per_row"]
+"""They change from batch to batch: a kernel is not to be compiled anew for a 1 or a multiple of 16
+among them."""
+
 
 @triton.jit
 def _document_of(piece_id, cu_seqlens, documents, pieces_per_row, piece):
@@ -53,7 +57,7 @@ def _load(pointers, mask, SILU: tl.constexpr, COMPUTE: tl.constexpr):
     return x.to(COMPUTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def sweep(
     queries,
     keys,
@@ -120,8 +124,8 @@ def sweep(
     row = (document if cu_seqlens is None else 0) + tl.zeros((), tl.int64)
 
     i = tl.arange(0, CHUNK)
-    d = tl.arange(0, WIDTH_TILE)
-    e = tile * VALUE_TILE + tl.arange(0, VALUE_TILE)
+    d = tl.arange(0, WIDTH_TILE).to(tl.int64)
+    e = (tile * VALUE_TILE + tl.arange(0, VALUE_TILE)).to(tl.int64)
     is_d = d < WIDTH
     is_e = e < VALUE_WIDTH
     slope = tl.load(decay + head) * 1.4426950408889634
@@ -179,7 +183,7 @@ def sweep(
         tl.store(leaving + state_at, s, mask=is_state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def scan(
     states,
     boundary,
@@ -259,8 +263,8 @@ def decode(
     head = (program // tiles % heads).to(tl.int64)
     sequence = (program // tiles // heads).to(tl.int64)
     slot = tl.load(slots + sequence).to(tl.int64)
-    d = tl.arange(0, WIDTH_TILE)
-    e = program % tiles * VALUE_TILE + tl.arange(0, VALUE_TILE)
+    d = tl.arange(0, WIDTH_TILE).to(tl.int64)
+    e = (program % tiles * VALUE_TILE + tl.arange(0, VALUE_TILE)).to(tl.int64)
     is_d, is_e = d < WIDTH, e < VALUE_WIDTH
     o = tl.zeros((VALUE_TILE,), tl.float32)
     if slot >= 0:

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from kernels.autocast import without_autocast
 
+
+@without_autocast
 def token_logprobs_reference(
     hidden_TC: Tensor,
     weight_VC: Tensor,

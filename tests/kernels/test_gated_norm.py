@@ -230,6 +230,19 @@ def test_rows_of_zeros_have_a_gradient(backend: str) -> None:
         assert torch.allclose(dx, torch.full_like(dx, 0.5 * EPS**-0.5))
 
 
+@pytest.mark.parametrize("backend", [FUSED])
+def test_kernels_run_where_their_tensors_are(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which may be another one."""
+    guarded, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(
+        torch.cuda, "device_of", lambda x: (guarded.append(x.device), device_of(x))[1]
+    )
+    inputs = make_inputs(2, 8, dtype=torch.float32)
+    run(inputs, backend)
+    run_on(backend, lambda x: sum_of_squares(x, backend=backend), inputs[:1])
+    assert guarded == [DEVICE[backend]] * 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("whole", [False, True])
 def test_equal_inputs_give_equal_bits(whole: bool, backend: str) -> None:

@@ -10,6 +10,8 @@ from torch.nn.functional import silu
 from kernels.lightning import (
     lightning_attention,
     lightning_attention_qkv,
+    lightning_backward,
+    lightning_forward,
     lightning_state,
     lightning_state_gradient,
 )
@@ -315,6 +317,11 @@ def int32(*values: int) -> Tensor:
         ({"decay": DECAY.double()}, r"decay must be float32 of shape \[4\]"),
         ({"decay": DECAY[:2]}, r"decay must be float32 of shape \[4\]"),
         ({"decay": DECAY.to("meta")}, "on one device"),
+        ({"decay": -DECAY}, r"finite slopes s >= 0, got -50.0 to"),
+        ({"decay": DECAY * torch.nan}, "finite slopes s >= 0, got nan to nan"),
+        ({"decay": DECAY + torch.inf}, "finite slopes s >= 0, got inf to inf"),
+        ({"decay": DECAY.clone().requires_grad_()}, "decay must not require a gradient"),
+        ({"v": torch.zeros(1, 6, H, 0)}, "a head and a channel at least"),
         ({"initial_state": torch.zeros(2, H, D, DV)}, r"of shape \[1, 4, 8, 6\]"),
         ({"initial_state": torch.zeros(1, H, D, DV).double()}, "torch.float32"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "must be int32"),
@@ -334,6 +341,40 @@ def test_fused_names_what_it_cannot_do() -> None:
     q, k, v, _ = make_inputs(1, 6, 1)
     with pytest.raises(ValueError, match='"fused" does not fit: it takes float16, .*float64'):
         lightning_attention(q, k, v, DECAY, backend="fused")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_autograd_gradients_are_written_side_by_side(fused: bool) -> None:
+    """A document in two stretches, its state handed on by hand."""
+    qkv = torch.randn(1, 100, H, 3 * D, dtype=torch.float64, requires_grad=True)
+    o = lightning_attention_qkv(qkv, DECAY, silu=True)
+    d_o = torch.randn_like(o)
+    (expected,) = torch.autograd.grad(o, qkv, d_o)
+
+    row = (qkv.detach(),) if fused else qkv.detach().chunk(3, dim=-1)
+    stretches = slice(0, 41), slice(41, 100)
+    first, last = ([x[:, tokens] for x in row] for tokens in stretches)
+    k, v = (x[:, :41] for x in qkv.detach().chunk(3, dim=-1)[1:])
+    state = lightning_state(k, v, DECAY, silu=True)
+    o_first, kept_first = lightning_forward(first, DECAY, silu=True)
+    o_last, kept_last = lightning_forward(last, DECAY, initial_state=state, silu=True)
+    torch.testing.assert_close(torch.cat([o_first, o_last], dim=1), o)
+
+    q = qkv.detach().chunk(3, dim=-1)[0][:, 41:]
+    d_state = lightning_state_gradient(q, d_o[:, 41:], DECAY, silu=True)
+    d_row = [torch.full_like(x, torch.nan) for x in row]
+    for heads, tokens, kept, states in (
+        (first, stretches[0], kept_first, {"d_final_state": d_state}),
+        (last, stretches[1], kept_last, {"initial_state": state}),
+    ):
+        d_heads = [dx[:, tokens] for dx in d_row]
+        lightning_backward(d_o[:, tokens], heads, d_heads, DECAY, kept, silu=True, **states)
+    torch.testing.assert_close(torch.cat(d_row, dim=-1), expected)
+
+
+def test_the_recurrence_needs_autograd() -> None:
+    with pytest.raises(ValueError, match='"reference" has no backward of its own'):
+        lightning_forward(make_inputs(1, 4, 1, state=False), DECAY, backend="reference")
 
 
 def test_a_fused_projection_has_three_parts() -> None:

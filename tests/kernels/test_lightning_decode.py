@@ -145,12 +145,16 @@ def test_portable_decodes_in_float64() -> None:
     ("changes", "message"),
     [
         ({"q": torch.zeros(2, H)}, r"q and k must be \[S, H, D\]"),
-        ({"v": torch.zeros(2, H, DV).double()}, "share one dtype"),
+        ({"v": torch.zeros(2, H, DV).double()}, "share one floating dtype"),
+        ({name: torch.ones(2, H, D).long() for name in "qkv"}, "share one floating dtype"),
+        ({"decay": -DECAY}, "finite slopes s >= 0"),
         ({"decay": DECAY[:2]}, r"decay must be float32 of shape \[3\]"),
         ({"states": torch.zeros(SLOTS, H, D, D)}, r"shape \['P', 3, 12, 20\]"),
         ({"states": torch.zeros(SLOTS, H, DV, D).mT}, "contiguous"),
         ({"slots": torch.tensor([0])}, r"of shape \[2\]"),
         ({"slots": slice(0, 3)}, r"of shape \[2\]"),
+        ({"slots": torch.tensor([1, SLOTS])}, r"slots must differ and be in 0..4, got \[1, 5\]"),
+        ({"slots": torch.tensor([3, 3])}, r"slots must differ and be in 0..4, got \[3, 3\]"),
         ({"slots": torch.tensor([0.0, 1.0])}, "int32 or int64"),
         ({"backend": "magic"}, "got 'magic'"),
     ],
@@ -173,6 +177,7 @@ def test_bad_input(changes: dict, message: str) -> None:
         ({"states": torch.zeros(SLOTS, H, D, DV, device="meta")}, "states on meta"),
         ({"slots": torch.tensor([0])}, r"of shape \[2\]"),
         ({"slots": torch.tensor([0.0, 1.0])}, "int32 or int64"),
+        ({"slots": torch.tensor([0, -1])}, r"slots must differ and be in 0..4, got \[0, -1\]"),
     ],
 )
 def test_bad_prefill(changes: dict, message: str) -> None:

@@ -234,6 +234,21 @@ def test_states_and_their_gradients_alone(launch: Callable[..., None], piece: in
 
 
 @pytest.mark.parametrize("piece", [32, NO_PIECES])
+def test_a_backward_without_kept_states_computes_them(
+    launch: Callable[..., None], piece: int
+) -> None:
+    launch(piece=piece)
+    q, k, v, state = make_inputs(1, 70, 1)
+    row = (q, k, v, DECAY, None, state)
+    gradients = []
+    for keep in (True, False):
+        o, _, states = fused.forward(*row, False, True, keep)
+        gradients.append([torch.full_like(x, torch.nan) for x in (q, k, v)])
+        fused.backward(o, None, *row, states, True, *gradients[-1], False)
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("piece", [32, NO_PIECES])
 def test_states_of_any_strides(launch: Callable[..., None], piece: int) -> None:
     launch(piece=piece)
     q, k, v, _ = make_inputs(1, 40, 1)
@@ -280,6 +295,17 @@ def test_every_row_has_pieces_enough() -> None:
     assert fused._piece_length(700, 1, torch.device("cpu")) > 700
 
 
+@pytest.mark.gpu  # The interpreter copies the whole memory, 5 GB, onto itself.
+def test_channels_farther_apart_than_two_to_the_31(launch: Callable[..., None]) -> None:
+    launch()
+    step, width = 2**28, 10
+    far = torch.empty(step * (width - 1) + 64, dtype=torch.float16, device=DEVICE)
+    q, k, v = (torch.randn(1, 3, H, width).half().to(DEVICE) for _ in range(3))
+    far_k = far.as_strided(k.shape, (6, 2, 1, step)).copy_(k)
+    o, far_o = (lightning_attention(q, x, v, DECAY, backend="fused") for x in (k, far_k))
+    assert torch.equal(far_o, o)
+
+
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements() -> None:
     T, heads, width = 2**31 // (8 * 3 * 128) + 1000, 8, 128
@@ -290,17 +316,40 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert relative_error(o[:, -1000:], tail[:, -1000:], 2) < 1e-2
 
 
-def test_the_kernels_compile_for_hopper_without_spilling_much() -> None:
-    """Real code for a card that is not here, by the code that would launch it."""
-    root = Path(__file__).resolve().parents[2]
+def compiled(*arguments: str) -> str:
+    """What Python says that compiles for a card that is not here, by the code that would launch."""
     done = subprocess.run(
-        [sys.executable, "tools/compile_kernels.py", "--only", "lightning"],
-        cwd=root,
+        [sys.executable, *arguments],
+        cwd=Path(__file__).resolve().parents[2],
         env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    sweeps = [line.split() for line in done.stdout.splitlines() if line.startswith("sweep")]
+    return done.stdout
+
+
+def test_the_kernels_compile_for_hopper_without_spilling_much() -> None:
+    said = compiled("tools/compile_kernels.py", "--only", "lightning")
+    sweeps = [line.split() for line in said.splitlines() if line.startswith("sweep")]
     assert len(sweeps) >= 12
-    assert all(int(columns[-1]) <= 64 for columns in sweeps), done.stdout
+    assert all(int(columns[-1]) <= 64 for columns in sweeps), said
+
+
+OTHER_LENGTHS = """
+import torch
+from kernels.lightning import fused
+from tools.compile_kernels import compiling
+
+with compiling(90) as kernels:
+    for tokens, documents in ((2048, 1), (2080, 16), (2049, 17)):
+        q = torch.empty(1, tokens, 1, 16, dtype=torch.bfloat16, device="meta")
+        decay = torch.empty(1, device="meta")
+        borders = torch.empty(documents + 1, dtype=torch.int32, device="meta")
+        fused.forward(q, q, q, decay, borders, None, True, False, True, piece=512)
+print(len(kernels), len({id(kernel) for kernel in kernels}))
+"""
+
+
+def test_rows_of_other_lengths_compile_nothing_anew() -> None:
+    assert compiled("-c", OTHER_LENGTHS).split() == ["9", "3"]
