@@ -94,11 +94,14 @@ def _check_megatron_version() -> None:
 
 
 def _silence_known_warnings() -> None:
-    """What Megatron says on every machine of this kind and no user can act on: optional packages
-    that are absent, torch names it has yet to rename, gradients it reads from pipeline tensors."""
+    """What Megatron and torch say on such a machine and no user can act on: optional packages
+    that are absent, torch names that have another now, gradients it reads from pipeline tensors."""
     for message in (
         ".*(Apex|apex|Transformer Engine|transformer_engine).*",
-        "`torch.distributed.*` is deprecated.*",
+        "`?torch.distributed.*is deprecated.*",
+        # Of experts that are not tensor-parallel, beside dense parts that are.
+        "`sequence_parallel` is set to `True`, but tensor model parallel size is 1.*",
+        ".*it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*",
         "The .grad attribute of a Tensor that is not a leaf.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -19,25 +19,27 @@ sends.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kernels.lightning import (
     lightning_attention,
     lightning_attention_qkv,
+    lightning_backward,
+    lightning_forward,
     lightning_state,
     lightning_state_gradient,
+    views,
 )
 from parallel.exchange import all_gather
 from parallel.state_plan import PrefixSums, StatePlan, Stretch
 
 Entering = dict[int, Tensor]
-"""The state [H, D, D] that enters a segment, for those that one enters."""
+"""The state [1, H, D, D] that enters a segment, for those that one enters."""
 Exchange = Callable[[PrefixSums, Tensor, Tensor, dist.ProcessGroup], Callable[[], Entering]]
 """From the states [S, H, D, D] that this rank sends and the decay [H], to what enters; the call
 starts the exchange and what it returns ends it."""
@@ -62,21 +64,12 @@ def prefix_sums(sums: PrefixSums, gathered_RSHDD: Tensor, decay_H: Tensor) -> En
         mine = [index for index, term in enumerate(terms) if term.segment is not None]
         for index, term in enumerate(terms[: mine[-1] + 1] if mine else []):
             if term.segment is not None and index > 0:
-                entering[term.segment] = state_HDD
+                entering[term.segment] = state_HDD[None]
             if term.slot is not None:
                 kept_H11 = torch.exp(decay_H * -term.tokens)[:, None, None]
                 added_HDD = gathered_RSHDD[term.rank, term.slot]
                 state_HDD = torch.addcmul(added_HDD, kept_H11, state_HDD)
     return entering
-
-
-class _Computed(NamedTuple):
-    """What the backward needs of one stretch. Edges, not tensors: the final state itself is of no
-    further use."""
-
-    stretch: Stretch
-    heads: tuple[Tensor, ...]
-    edges: list[GradientEdge]
 
 
 class Lasp:
@@ -126,73 +119,75 @@ class Lasp:
     ) -> None:
         self._decay, self._plan, self._group = decay, plan, group
         self._cu_seqlens, self._exchange, self._options = cu_seqlens, exchange, options
-        self._differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
+        self._is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
         self._heads = heads
-        self._computed: list[_Computed] = []
+        self._states: Sequence[Tensor | None] = ()
         if plan.forward.slots:
             self._stand_in = _Begin.apply(self, *heads)
 
     def finish(self) -> Tensor:
         """The output `[1, T, H, D]`. Gradients reach the heads of all ranks. Call it once."""
-        if not self._plan.forward.slots:
-            return self._attend(self._heads, self._cu_seqlens)
-        stand_in, self._stand_in = self._stand_in, None
-        return _Finish.apply(self, stand_in)
+        heads, self._heads = self._heads, ()
+        if self._plan.forward.slots:
+            stand_in, self._stand_in = self._stand_in, None
+            return _Finish.apply(self, stand_in, *(x.detach() for x in heads))
+        attend: Callable[..., Tensor] = (
+            lightning_attention_qkv if len(heads) == 1 else lightning_attention
+        )
+        return attend(*heads, self._decay, cu_seqlens=self._cu_seqlens, **self._options)
 
     def _send_states(self) -> None:
-        _, k, v = _views(self._heads)
+        _, k, v = views(self._heads)
         self._send(self._plan.forward, k, v, lightning_state)
 
-    def _outputs(self) -> Tensor:
+    def _outputs(self, heads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """The output; for each stretch, the state that enters it and what its backward needs."""
         entering = self._received()
-        self._heads = tuple(x.detach() for x in self._heads)
-        outputs = [self._output(stretch, entering) for stretch in self._plan.stretches]
-        return _joined(outputs)
+        outputs: list[Tensor] = []
+        states: list[Tensor | None] = []
+        for stretch in self._plan.stretches:
+            tokens = self._plan.tokens(stretch.first, stretch.last)
+            state_1HDD = entering.get(stretch.first)
+            o, kept = lightning_forward(
+                [x[:, tokens] for x in heads],
+                self._decay,
+                cu_seqlens=self._bounds_of(stretch),
+                initial_state=state_1HDD,
+                keep_states=self._is_recorded,
+                **self._options,
+            )
+            outputs.append(o)
+            states += [state_1HDD, kept]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), states
 
-    def _output(self, stretch: Stretch, entering: Entering) -> Tensor:
-        tokens = self._plan.tokens(stretch.first, stretch.last)
-        state_HDD = entering.get(stretch.first) if stretch.is_cut else None
-        options: dict[str, Any] = {}
-        if state_HDD is not None:
-            options["initial_state"] = state_HDD[None]
-        if self._differentiated and stretch.is_cut and stretch.first in self._plan.forward.sent:
-            options["return_final_state"] = True
-        with torch.set_grad_enabled(self._differentiated):
-            heads = tuple(x[:, tokens].requires_grad_(self._differentiated) for x in self._heads)
-            result = self._attend(heads, self._bounds_of(stretch), **options)
-        results = result if isinstance(result, tuple) else (result,)
-        if self._differentiated:
-            edges = [get_gradient_edge(x) for x in results]
-            self._computed.append(_Computed(stretch, heads, edges))
-        return results[0].detach()
-
-    def _send_state_gradients(self, d_o: Tensor) -> None:
-        q, _, _ = _views(self._heads)
+    def _send_state_gradients(
+        self, d_o: Tensor, heads: tuple[Tensor, ...], states: Sequence[Tensor | None]
+    ) -> None:
+        self._heads, self._states = heads, states
+        q, _, _ = views(heads)
         self._send(self._plan.backward, q, d_o, lightning_state_gradient)
 
     def _gradients(self, d_o: Tensor) -> tuple[Tensor, ...]:
         leaving = self._received()
-        computed, self._computed, self._heads = self._computed, [], ()
-        d_results: list[Tensor] = []
-        for stretch, _, edges in computed:
-            d_results.append(d_o[:, self._plan.tokens(stretch.first, stretch.last)])
-            if len(edges) > 1:
-                d_results.append(leaving[stretch.first][None])
-        # One pass for all stretches: where activations are recomputed, each pass would do so anew,
-        # and exchange states again, as often as this rank has stretches.
-        gradients = torch.autograd.grad(
-            [edge for one in computed for edge in one.edges],
-            [head for one in computed for head in one.heads],
-            d_results,
-        )
-        kinds = len(computed[0].heads)
-        return tuple(_joined(gradients[kind::kinds]) for kind in range(kinds))
-
-    def _attend(self, heads: tuple[Tensor, ...], cu_seqlens: Tensor | None, **states: Any) -> Any:
-        attend: Callable[..., Any] = (
-            lightning_attention_qkv if len(heads) == 1 else lightning_attention
-        )
-        return attend(*heads, self._decay, cu_seqlens=cu_seqlens, **states, **self._options)
+        heads, self._heads = self._heads, ()
+        states, self._states = self._states, ()
+        d_heads = tuple(x.new_empty(x.shape) for x in heads)
+        for stretch, state_1HDD, kept in zip(
+            self._plan.stretches, states[::2], states[1::2], strict=True
+        ):
+            tokens = self._plan.tokens(stretch.first, stretch.last)
+            lightning_backward(
+                d_o[:, tokens],
+                [x[:, tokens] for x in heads],
+                [dx[:, tokens] for dx in d_heads],
+                self._decay,
+                kept,
+                cu_seqlens=self._bounds_of(stretch),
+                initial_state=state_1HDD,
+                d_final_state=leaving.get(stretch.first),
+                **self._options,
+            )
+        return d_heads
 
     def _bounds_of(self, stretch: Stretch) -> Tensor | None:
         """`cu_seqlens` of its segments, where it has several."""
@@ -226,7 +221,7 @@ class _Begin(torch.autograd.Function):
     def forward(ctx: Any, lasp: Lasp, *heads: Tensor) -> Tensor:
         ctx.lasp = lasp
         lasp._send_states()
-        _, _, v = _views(heads)
+        _, _, v = views(heads)
         # Stands for the output, whose gradient arrives through it.
         return v.new_empty(()).expand(v.shape)
 
@@ -240,22 +235,16 @@ class _Finish(torch.autograd.Function):
     """The states arrive; in the backward, their gradients depart."""
 
     @staticmethod
-    def forward(ctx: Any, lasp: Lasp, stand_in: Tensor) -> Tensor:
-        ctx.lasp = lasp
-        return lasp._outputs()
+    def forward(ctx: Any, lasp: Lasp, stand_in: Tensor, *heads: Tensor) -> Tensor:
+        out, states = lasp._outputs(heads)
+        ctx.lasp, ctx.kinds = lasp, len(heads)
+        ctx.save_for_backward(*heads, *states)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor) -> tuple[None, Tensor]:
-        ctx.lasp._send_state_gradients(d_o)
-        return None, d_o
-
-
-def _views(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """q, k and v [1, T, H, D]."""
-    return heads[0].chunk(3, dim=-1) if len(heads) == 1 else heads
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Stretches of tokens as one row."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        heads, states = saved[: ctx.kinds], saved[ctx.kinds :]
+        ctx.lasp._send_state_gradients(d_o, heads, states)
+        return None, d_o, *(None for _ in heads)

@@ -31,7 +31,8 @@ def pass_states(
                 state_HDD = torch.zeros_like(sent_SHDD[0])
                 if index > 0:
                     before = terms[index - 1].rank
-                    found[term.segment] = swap(group, (before, nothing), (before, state_HDD)).wait()
+                    swap(group, (before, nothing), (before, state_HDD)).wait()
+                    found[term.segment] = state_HDD[None]
                 if term.slot is not None:
                     kept_H11 = torch.exp(decay_H.to(state_HDD.dtype) * -term.tokens)[:, None, None]
                     leaving_HDD = torch.addcmul(sent_SHDD[term.slot], kept_H11, state_HDD)

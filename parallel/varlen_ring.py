@@ -108,9 +108,10 @@ class _ReceivedKeys:
         if index == len(self._steps):
             return None
         step, k, v = self._steps[index], self._k, self._v
-        parts = [torch.cat((k[part], v[part]), dim=1) for part in step.outgoing]
-        outgoing = torch.cat(parts) if parts else _empty_kv(k, 0)
-        incoming = _empty_kv(k, step.incoming)
+        outgoing, incoming = _empty_kv(k, step.sent), _empty_kv(k, step.incoming)
+        places = outgoing.split([part.stop - part.start for part in step.outgoing])
+        for place, part in zip(places, step.outgoing, strict=True):
+            torch.cat((k[part], v[part]), dim=1, out=place)
         return swap(self._group, (step.target, outgoing), (step.source, incoming))
 
     def __iter__(self) -> Iterator[tuple[RingStep, Tensor, Tensor]]:

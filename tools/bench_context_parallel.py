@@ -1,29 +1,43 @@
-"""What context parallelism costs and buys: bytes, memory and time of one attention layer.
+"""What context parallelism costs and buys: balance, bytes, memory and time of one attention layer.
 
     python tools/bench_context_parallel.py [--cp 1 2 4] [--tokens 16384] [--row one|skewed]
-        [--cut balanced|contiguous|zigzag] [--heads 8 --groups 2 --width 64] [--steps 3]
-        [--out FILE.json]
+        [--cut balanced contiguous zigzag] [--layers ring gather LASP+ LASP-1]
+        [--heads 8 --groups 2 --width 64] [--steps 3] [--out FILE.json]
 
 First the balance of the cuts: softmax work of the busiest rank over the mean, for many rows their
-mean and worst. Then for each number of gloo processes one layer forward and backward, in FP32:
+mean and worst. Then for each number of gloo processes and each cut, one layer forward and backward
+in FP32, on one document or on many of skewed lengths (lognormal, and one of half the row):
 
     ring      keys and values to the ranks that need them      parallel/varlen_ring.py
     gather    keys and values to all ranks                     parallel/gathered_attention.py
     LASP+     one all-gather of lightning states               parallel/lasp.py
     LASP-1    lightning states from rank to rank               parallel/lasp_ring.py
 
-Bytes are counted where tensors are handed to torch.distributed, those of the busiest rank are
-printed, and the run fails unless each rank's are, with R ranks, T tokens, H heads, K key/value
-heads of width D, and 4 bytes a number:
+With R ranks, T tokens, H heads, K key/value heads of width D, and 4 bytes a number, the run fails
+unless on each rank what is sent equals, and what is kept lies within, the formulas:
 
+    sent      counted where tensors are handed to torch.distributed, on any row
     ring      forward 4 * 2KD * sent; backward the same and 4 * 2KD * seen, for the keys that this
-              rank sends and sees of others
+              rank sends and sees of others: a step without any has no message
     gather    forward 4 * 2KD * (R-1) T/R; backward twice that
-    LASP+     4 * HDD * (R-1) * S in each direction whatever T, S the most states that a rank sends
+    LASP+     4 * HDD * (R-1) * S in each direction whatever T, S the most states that a rank sends;
+              nothing where no document is cut
     LASP-1    4 * HDD * (states that this rank sends), in each direction
 
-Memory is the peak above what the process held before its inputs were made. Processes share this
-machine's cores: a time at R processes is not that of R machines.
+    kept      tensors that live from the forward to the backward pass: the output, and what the
+              layer saves, its inputs with it; all in proportion to the rank's part of the row
+    softmax   4 * (2HD + 2KD + H) T/R
+    lightning 4 * 4HD T/R, and at most a state 4 * HDD for 256 tokens and two for a stretch
+
+    peak      tensors at most, in the backward pass; less what is kept it is at least
+    softmax   4 * (2HD + 2KD) T/R for the gradients of output, q, k and v; with R > 1 also up to six
+              messages of 4 * 2KD numbers a key on their way in and out, and one part's gradients
+    lightning 4 * 4HD T/R; scratch memory of the kernel, the same for any T, R
+
+The busiest rank's numbers are printed. `process` is what its resident memory grows by at most, with
+buffers of gloo and what the allocator does not give back; `work` is the softmax work of the busiest
+rank over the mean (lightning's is its tokens), `CPU s` its processor's time, and `seconds` those
+until all are done: processes share this machine's cores, so they are not those of R machines.
 """
 
 from __future__ import annotations
@@ -46,19 +60,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from parallel.cut import Cut
-from parallel.exchange import Traffic, counted
+from parallel.exchange import counted
 from parallel.gathered_attention import gathered_attention
 from parallel.lasp import Lasp, gather_states
 from parallel.lasp_ring import pass_states
 from parallel.layout import CUTS
 from parallel.shard import Shard
 from parallel.varlen_ring import ring_attention
-from tools.memory import forget_peak, peak_bytes
+from tools.memory import forget_peak, peak_bytes, tensors_counted
 from tools.ranks import on_ranks
 
 FLOAT = 4
+LAYERS = ("ring", "gather", "LASP+", "LASP-1")
+SOFTMAX = ("ring", "gather")
+
+
+class Mismatch(Exception):
+    """A rank measured what its formula does not say."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +96,21 @@ class Case:
 
 @dataclass
 class Measurement:
-    """A layer on one rank; bytes of one forward and one backward pass."""
+    """A layer on one rank, one forward and one backward pass: bytes sent, of tensors kept between
+    the two and at the peak, and of the process at its peak; time until all ranks are done, and of
+    this rank's processor."""
 
     layer: str
+    cut: str
     ranks: int
+    imbalance: float
     sent_forward: int
     sent_backward: int
+    kept_bytes: int
     peak_bytes: int
+    process_bytes: int
     seconds: list[float]
+    cpu_seconds: list[float]
 
 
 def layers(case: Case, shard: Shard) -> dict[str, tuple[Callable[..., Tensor], list[int]]]:
@@ -91,13 +119,14 @@ def layers(case: Case, shard: Shard) -> dict[str, tuple[Callable[..., Tensor], l
     slopes = torch.logspace(0, -3, case.heads)
 
     def lasp(exchange: Any) -> Callable[..., Tensor]:
-        return lambda *heads: Lasp.begin(
-            *(x[None] for x in heads),
-            decay=slopes,
-            plan=shard.states,
-            group=group,
-            exchange=exchange,
-        ).finish()[0]
+        def attend(*heads: Tensor) -> Tensor:
+            row = [x[None] for x in heads]
+            under_way = Lasp.begin(
+                *row, decay=slopes, plan=shard.states, group=group, exchange=exchange
+            )
+            return under_way.finish().squeeze(0)
+
+        return attend
 
     softmax, lightning = [case.heads, case.groups, case.groups], [case.heads] * 3
     return {
@@ -124,53 +153,110 @@ def formulas(case: Case, shard: Shard) -> dict[str, tuple[int, int]]:
     }
 
 
-def measure(case: Case) -> list[Measurement]:
-    """Every layer on this rank, a gloo process among others. Collective."""
+def kept_bounds(name: str, case: Case, shard: Shard) -> tuple[int, int]:
+    """The fewest and the most bytes that this rank may keep, as in this file's first lines."""
+    tokens, width, state = shard.cut.local_tokens, case.width, FLOAT * case.heads * case.width**2
+    if name in SOFTMAX:
+        kept = FLOAT * tokens * (2 * width * (case.heads + case.groups) + case.heads)
+        return kept, kept
+    kept = FLOAT * tokens * 4 * case.heads * width
+    return kept, kept + state * (tokens // 256 + 2 * len(shard.states.stretches))
+
+
+def measure(cases: list[Case], names: list[str]) -> list[Measurement]:
+    """Layers on this rank, a gloo process among others. Collective."""
     # One of the calls has another name from torch 2.13 on.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated.*")
     dist.init_process_group("gloo")
     try:
-        shard = Shard(Cut.of(case.bounds, dist.get_world_size(), case.cut), dist.get_rank())
-        return [_measure_layer(name, case, shard) for name in layers(case, shard)]
+        return [_measure_layer(name, case) for case in cases for name in names]
     finally:
         dist.destroy_process_group()
 
 
-def _measure_layer(name: str, case: Case, shard: Shard) -> Measurement:
-    attend, heads = layers(case, shard)[name]
-    sizes = [(shard.cut.local_tokens, number, case.width) for number in heads]
-    _passes(attend, sizes)  # what libraries take once is not the layer's
+def _measure_layer(name: str, case: Case) -> Measurement:
+    ranks = dist.get_world_size()
+    # What libraries take once is not the layer's.
+    _passes(name, case, _shard([0, 64 * ranks], case.cut))
+    shard = _shard(case.bounds, case.cut)
     # One pass alone: what it frees may stay with the process, and the next take other memory.
     held = forget_peak()
-    forward, backward = _passes(attend, sizes)
-    peak = peak_bytes() - held
-    seconds = []
-    for _ in range(case.steps):
-        dist.barrier()
-        started = time.perf_counter()
-        _passes(attend, sizes)
-        dist.barrier()
-        seconds.append(time.perf_counter() - started)
-    _check(name, (forward, backward), formulas(case, shard)[name])
-    return Measurement(name, shard.cut.ranks, forward.bytes, backward.bytes, peak, seconds)
+    sent, kept, peak = _passes(name, case, shard)
+    process = peak_bytes() - held
+    _check(f"{name} sent", sent, formulas(case, shard)[name])
+    fewest, most = kept_bounds(name, case, shard)
+    if not fewest <= kept <= most:
+        raise Mismatch(f"{name} kept {kept} bytes, its formula says {fewest} to {most}")
+    imbalance = shard.cut.imbalance if name in SOFTMAX else 1.0
+    times = [_time(name, case, shard) for _ in range(case.steps)]
+    return Measurement(
+        name,
+        case.cut,
+        ranks,
+        imbalance,
+        *sent,
+        kept,
+        peak,
+        process,
+        seconds=[wall for wall, _ in times],
+        cpu_seconds=[cpu for _, cpu in times],
+    )
 
 
-def _passes(
-    attend: Callable[..., Tensor], sizes: list[tuple[int, int, int]]
-) -> tuple[Traffic, Traffic]:
-    """What a forward and a backward pass on inputs of these sizes send."""
-    inputs = [torch.randn(size, requires_grad=True) for size in sizes]
-    with counted() as forward:
+def _shard(bounds: list[int], cut: str) -> Shard:
+    return Shard(Cut.of(bounds, dist.get_world_size(), cut), dist.get_rank())
+
+
+def _inputs(name: str, case: Case, shard: Shard) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    attend, heads = layers(case, shard)[name]
+    sizes = [(shard.cut.local_tokens, number, case.width) for number in heads]
+    return attend, [torch.randn(size, requires_grad=True) for size in sizes]
+
+
+def _passes(name: str, case: Case, shard: Shard) -> tuple[tuple[int, int], int, int]:
+    """Bytes that a forward and a backward pass send, those of the tensors kept between them, and
+    of all tensors at the peak."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    attend, inputs = _inputs(name, case, shard)
+    with counted() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
         out = attend(*inputs)
-    with counted() as backward:
+    keep(out)
+    with counted() as backward, tensors_counted() as made:
         out.backward(torch.ones_like(out))
-    return forward, backward
+    held = sum(kept.values())
+    return (forward.bytes, backward.bytes), held, held + made.peak
 
 
-def _check(name: str, traffic: tuple[Traffic, Traffic], expected: tuple[int, int]) -> None:
-    counted_bytes = tuple(one.bytes for one in traffic)
-    if counted_bytes != expected:
-        raise SystemExit(f"{name} sent {counted_bytes} bytes, its formula says {expected}")
+def _time(name: str, case: Case, shard: Shard) -> tuple[float, float]:
+    """Seconds until all ranks are done, and of this rank's processor."""
+    attend, inputs = _inputs(name, case, shard)
+    dist.barrier()
+    started, began = time.perf_counter(), time.thread_time()
+    out = attend(*inputs)
+    out.backward(torch.ones_like(out))
+    worked = time.thread_time() - began
+    dist.barrier()
+    return time.perf_counter() - started, worked
+
+
+def _check(what: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise Mismatch(f"{what} {found} bytes, its formula says {expected}")
+
+
+def skewed_row(tokens: int) -> list[int]:
+    """Borders of documents of lognormal lengths, one of half the row somewhere among them."""
+    random = np.random.RandomState(0)
+    lengths = 1 + random.lognormal(np.log(tokens / 800), 2.0, size=tokens).astype(np.int64)
+    small = lengths[np.cumsum(lengths) <= tokens - tokens // 2].tolist()
+    place = random.randint(len(small) + 1)
+    return [0, *accumulate([*small[:place], tokens - sum(small), *small[place:]])]
 
 
 def sampled_rows(tokens: int, samples: int) -> Iterator[tuple[str, list[list[int]]]]:
@@ -207,14 +293,33 @@ def print_balance(tokens: int, sizes: list[int], samples: int = 30) -> None:
             print(f"{name:<30}{ranks:>6}" + "".join(f"{column:>20}" for column in columns))
 
 
+HEADER = (
+    f"{'layer':<8}{'cut':<12}{'cp':>3}{'work':>8}{'MiB sent':>10}{'kept MiB':>10}{'peak MiB':>10}"
+    f"{'process MiB':>13}{'CPU s':>8}{'seconds':>9}"
+)
+
+
 def print_layers(found: list[list[Measurement]]) -> None:
-    mebibyte = 2**20
+    """A line for each layer and cut, from what each rank measured."""
     for per_rank in zip(*found, strict=True):
-        sent = max(one.sent_forward + one.sent_backward for one in per_rank) / mebibyte
-        peak = max(one.peak_bytes for one in per_rank) / mebibyte
-        seconds = statistics.median(per_rank[0].seconds)
-        layer, ranks = per_rank[0].layer, per_rank[0].ranks
-        print(f"{layer:<10}{ranks:>4}{sent:>14.2f}{peak:>16.1f}{seconds:>12.3f}")
+        one = per_rank[0]
+        sent, kept, peak, process = (
+            max(sizes) / 2**20
+            for sizes in zip(
+                *(
+                    (x.sent_forward + x.sent_backward, x.kept_bytes, x.peak_bytes, x.process_bytes)
+                    for x in per_rank
+                ),
+                strict=True,
+            )
+        )
+        worked = max(statistics.median(x.cpu_seconds) for x in per_rank)
+        print(
+            f"{one.layer:<8}{one.cut:<12}{one.ranks:>3}{one.imbalance:>8.3f}{sent:>10.2f}"
+            f"{kept:>10.1f}{peak:>10.1f}{process:>13.1f}{worked:>8.2f}"
+            f"{statistics.median(one.seconds):>9.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -222,7 +327,8 @@ def main() -> None:
     parser.add_argument("--cp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--row", choices=["one", "skewed"], default="one")
-    parser.add_argument("--cut", choices=CUTS, default=CUTS[0])
+    parser.add_argument("--cut", choices=CUTS, nargs="+", default=[CUTS[0]])
+    parser.add_argument("--layers", choices=LAYERS, nargs="+", default=LAYERS)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
@@ -231,20 +337,20 @@ def main() -> None:
     args = parser.parse_args()
 
     print_balance(args.tokens, [ranks for ranks in args.cp if ranks > 1])
-    rows = dict(sampled_rows(args.tokens, 1))
-    (bounds,) = rows["one document" if args.row == "one" else "lognormal, sigma 2"]
-    case = Case(bounds, args.cut, args.heads, args.groups, args.width, args.steps)
-    print(
-        f"\none layer, a row of {len(bounds) - 1} document(s), {args.cut} cut, forward and backward"
-    )
-    print(f"{'layer':<10}{'cp':>4}{'MiB sent':>14}{'peak MiB':>16}{'seconds':>12}")
+    bounds = [0, args.tokens] if args.row == "one" else skewed_row(args.tokens)
+    cases = [Case(bounds, cut, args.heads, args.groups, args.width, args.steps) for cut in args.cut]
+    print(f"\none layer, a row of {len(bounds) - 1} document(s), forward and backward\n{HEADER}")
     found = []
     for ranks in args.cp:
-        found.append(on_ranks(ranks, measure, case))
+        try:
+            found.append(on_ranks(ranks, measure, cases, args.layers))
+        except Mismatch as mismatch:
+            raise SystemExit(str(mismatch)) from None
         print_layers(found[-1])
     if args.out:
-        report = [asdict(one) for ranks in found for rank in ranks for one in rank]
-        args.out.write_text(json.dumps({"case": asdict(case), "measurements": report}, indent=1))
+        measurements = [asdict(one) for ranks in found for rank in ranks for one in rank]
+        report = {"cases": [asdict(case) for case in cases], "measurements": measurements}
+        args.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

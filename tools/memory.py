@@ -6,10 +6,15 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes() -> int:
@@ -42,6 +47,28 @@ def bytes_added(call: Callable[[], object], device: torch.device) -> int:
     before = forget_peak()
     call()
     return peak_bytes() - before
+
+
+@dataclass
+class TensorBytes:
+    """How far tensors took memory beyond what they held before, at their peak."""
+
+    peak: int = 0
+
+
+@contextmanager
+def tensors_counted() -> Iterator[TensorBytes]:
+    """Count what PyTorch's CPU allocator hands this thread, in its kernels too, and takes back. A
+    message that a thread of the network frees counts to the end."""
+    found = TensorBytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    events = list(profiler.profiler.kineto_results.experimental_event_tree())
+    for event in events:  # which grows
+        events += event.children
+    changes = [event for event in events if event.tag == _EventType.Allocation]
+    changes.sort(key=lambda event: event.start_time_ns)
+    found.peak = max(accumulate((change.extra_fields.alloc_size for change in changes), initial=0))
 
 
 def _status(key: str) -> int:

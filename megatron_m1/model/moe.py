@@ -137,7 +137,8 @@ class MoE(MoELayer):
         experts_A, order = experts_TK.flatten().sort(stable=True)
         tokens_A = order // experts_TK.shape[1]
         counts = experts_A.bincount(minlength=self.config.num_moe_experts).tolist()
-        probs_A = probs_TK.flatten().index_select(0, order).to(x_TC.dtype)
+        # FP32, as in training: rounding them would be most of what rollout and trainer differ by.
+        probs_A = probs_TK.flatten().index_select(0, order)
         answers = self.experts.answers(x_TC.index_select(0, tokens_A), probs_A, counts)
         return torch.zeros_like(x_TC).index_add_(0, tokens_A, answers).view_as(hidden_T1C)
 
@@ -149,11 +150,18 @@ class MoE(MoELayer):
         rows, probs = self.preprocess(hidden_T1C, probs_TE, routing_TE)
         rows, probs = self.dispatch(rows, probs)
         output, _ = self.routed_experts_compute(rows, probs)
-        combined = self.postprocess(self.combine(output), None)
-        # Megatron's dispatcher keeps them, and with them the graph: through the gradient hooks in
-        # C++ that holds the model, where no garbage collector sees it.
-        self.token_dispatcher.probs = None
-        return combined
+        return self.postprocess(self.combine(output), None)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Megatron's: the rows to be sent and their probabilities."""
+        rows = super().preprocess(hidden_states, probs, routing_map)
+        # The dispatcher of the all-to-all keeps the probabilities for their dtype, and with them
+        # the graph: through the gradient hooks in C++ that holds the model, where no garbage
+        # collector sees it.
+        self.token_dispatcher.probs = probs.detach()
+        return rows
 
     def _overlapped(
         self, hidden_T1C: Tensor, padding_1T: Tensor | None, routing: Routing | None

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from kernels.attention import varlen_attention
+from parallel import varlen_ring
 from parallel.cut import Cut
-from parallel.exchange import counted
+from parallel.exchange import Transfer, counted
 from parallel.gathered_attention import gathered_attention
 from parallel.layout import CUTS
 from parallel.ring_plan import RingPlan
@@ -111,3 +112,34 @@ def test_bytes_are_those_of_the_keys_that_others_need(ranks: Callable[[int], Poo
 def test_documents_on_one_rank_cost_no_messages(ranks: Callable[[int], Pool]) -> None:
     cases = [("all_local", "balanced"), ("one_token_each", "balanced")]
     assert ranks(4).run(sent_in, cases) == [[(0, 0, 0, 0)] * 2] * 4
+
+
+def order_of_events() -> list[str]:
+    """What happens when, in a forward pass over four ranks that share one document."""
+    events: list[str] = []
+
+    def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(name)
+            return function(*args)
+
+        return call
+
+    rank, cut = dist.get_rank(), Cut.of([0, 64], dist.get_world_size())
+    inputs, _ = whole_row(64, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, event in (
+            (varlen_ring, "swap", "depart"),
+            (Transfer, "wait", "arrive"),
+            (varlen_ring, "attend_segments", "own"),
+            (varlen_ring, "attend_rectangles", "compute"),
+        ):
+            patch.setattr(module, name, noted(getattr(module, name), event))
+        ring(*(cut.take(x.detach(), rank) for x in inputs), cut)
+    return events
+
+
+def test_the_next_keys_travel_while_a_rank_computes(ranks: Callable[[int], Pool]) -> None:
+    step = ["arrive", "depart", "compute"]
+    for events in ranks(4).run(order_of_events):
+        assert events == ["depart", "own", "compute", *step, *step, "arrive", "compute"]
