@@ -25,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_m1.checkpoint.beside import json_bytes
 from megatron_m1.conversion import hf_folder
 from megatron_m1.conversion.families import MINIMAX_M1
 from megatron_m1.conversion.safetensors_file import Form, SafetensorsWriter
@@ -79,7 +80,7 @@ def write_source(model: ModelConfig, folder: Path) -> int:
         (hf_folder.INDEX, hf_folder.index_of(shards)),
         (hf_folder.CONFIG, config),
     ):
-        (folder / name).write_bytes(hf_folder.json_bytes(content))
+        (folder / name).write_bytes(json_bytes(content))
     return sum(form.size for tensors in shards.values() for form in tensors.values())
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_m1.errors import InputError, UserError
+from megatron_m1.errors import EXIT_STOPPED, InputError, UserError
 
 if TYPE_CHECKING:
     from megatron_m1.conversion.convert import Job
@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "convert_checkpoint: interrupted: the same command goes on with what is left",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_STOPPED)
 
 
 # Torch takes seconds to import; what the parser answers needs none of it.
@@ -115,7 +121,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Say what a folder holds."""
     from megatron_m1.conversion.inspection import as_text, inspect
 
-    report = inspect(args.folder)
+    report = inspect(args.folder, args.ignore_config_keys)
     print(json.dumps(report, indent=1) if args.json else as_text(report))
     return 0
 
@@ -149,21 +155,42 @@ def command_line() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_import(commands.add_parser("import", help="safetensors into a checkpoint"))
-    _add_export(commands.add_parser("export", help="a checkpoint into safetensors"))
-    _add_verify(commands.add_parser("verify", help="compare a checkpoint with safetensors"))
-    inspect = commands.add_parser("inspect", help="what a folder holds")
-    inspect.set_defaults(run=run_inspect)
-    inspect.add_argument("folder", type=Path)
-    inspect.add_argument("--json", action="store_true")
+    for name, help_text, example, add_arguments in (
+        (
+            "import",
+            "safetensors into a checkpoint",
+            "--hf MiniMax-M1-80k --out checkpoints/m1 --workers 4",
+            _add_import,
+        ),
+        (
+            "export",
+            "a checkpoint into safetensors",
+            "--ckpt runs/rl --hf m1-rl --format minimax_m1 --dtype bf16",
+            _add_export,
+        ),
+        (
+            "verify",
+            "compare a checkpoint with safetensors: names, shapes, types, values, logits",
+            "--ckpt checkpoints/m1 --hf MiniMax-M1-80k",
+            _add_verify,
+        ),
+        ("inspect", "what a folder holds, of either kind", "MiniMax-M1-80k --json", _add_inspect),
+    ):
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=f"{help_text[0].upper()}{help_text[1:]}.",
+            epilog=f"example: python tools/convert_checkpoint.py {name} {example}",
+        )
+        add_arguments(command)
     return parser
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_import)
     add = parser.add_argument
-    add("--hf", type=Path, required=True, metavar="DIR", help="config.json and safetensors")
-    add("--out", type=Path, metavar="CKPT", help="a new folder")
+    _add_safetensors(parser)
+    add("--out", type=Path, metavar="CKPT", help="a new folder for the checkpoint")
     add("--dry-run", action="store_true", help="check names, shapes and sizes; write nothing")
     _add_common(parser)
     _add_ignored(parser)
@@ -173,10 +200,26 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_export)
     add = parser.add_argument
     _add_checkpoint(parser)
-    add("--hf", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("--format", choices=FORMATS, default=FORMATS[0], help=f"default: {FORMATS[0]}")
-    add("--like", type=Path, metavar="DIR", help="take tokenizer and generation files from here")
-    add("--max-length", type=_positive, metavar="N", help="max_position_embeddings in config.json")
+    add("--hf", type=Path, required=True, metavar="DIR", help="a new folder for the safetensors")
+    add(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help=f"names and configuration of the files (docs/checkpoints.md); default: {FORMATS[0]}",
+    )
+    add(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="take tokenizer, generation files and lengths from this folder; default: those that "
+        "the weights were once imported with",
+    )
+    add(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="max_position_embeddings of config.json; default: the original's",
+    )
     add(
         "--permute-rope",
         action="store_true",
@@ -189,32 +232,77 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_verify)
     add = parser.add_argument
     _add_checkpoint(parser)
-    add("--hf", type=Path, required=True, metavar="DIR", help="config.json and safetensors")
-    add("--tokens", metavar="FILE", help=".npy or .jsonl of token ids for the logits")
+    _add_safetensors(parser)
+    add(
+        "--tokens",
+        metavar="FILE",
+        help=".npy or .jsonl of token ids for the logits; default: two rows of random tokens",
+    )
     _add_workers(parser)
     _add_ignored(parser)
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_inspect)
+    add = parser.add_argument
+    add("folder", type=Path, help="a checkpoint, a run, or a folder of safetensors or their index")
+    add("--json", action="store_true", help="the same as JSON")
+    _add_ignored(parser)
+
+
+def _add_safetensors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a folder with config.json and safetensors",
+    )
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="a checkpoint, a folder of them, or a run")
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
+        help="a checkpoint; or a folder of them or a run, of which the latest is taken",
+    )
     add(
         "--check",
         choices=("full", "sizes"),
         default="full",
-        help="compare the checkpoint's files with its manifest: hashes, or sizes alone",
+        help="compare the checkpoint's files with its manifest: hashes (full, the default), or "
+        "sizes alone",
     )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="default: stored")
-    add("--shard-size", type=_size, default="5GB", help="largest file; default: 5GB")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="type of the weights; bf16 leaves the routers in FP32; default: stored, as they are",
+    )
+    add(
+        "--shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes of a file, such as 500MB; default: 5GB",
+    )
     _add_workers(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=_positive, default=1, help="processes; default: 1")
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes, each of which holds one parameter at a time; default: 1",
+    )
 
 
 def _add_ignored(parser: argparse.ArgumentParser) -> None:

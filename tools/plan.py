@@ -1,6 +1,7 @@
 """What a run would take, before anybody rents a machine.
 
-    python tools/plan.py [group=option] [key=value] [--json FILE] [--plot FILE.png]
+    python tools/plan.py model=m1_456b
+    python tools/plan.py model=m1_1b plan=h200 plan.nodes=1 train.global_batch=256 --json plan.json
 
 Operations, memory, the layouts that fit a cluster with their speed, GPU-hours and dollars. The keys
 are those of pretraining and the group ``plan``: see docs/planning.md. Needs neither torch nor GPUs.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -24,11 +26,7 @@ from megatron_m1.planning.text import describe
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or that of an error that is told in a sentence."""
-    parser = argparse.ArgumentParser(description="Plan a run: layouts, memory, time, price.")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every number here")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw costs against length")
-    args = parser.parse_intermixed_args(argv)
+    args = command_line().parse_intermixed_args(argv)
     try:
         found = answer(load("plan", PlanConfig, args.overrides))
         print(describe(found))
@@ -36,6 +34,23 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="a key or group of pretraining or of plan: model=m1_1b, plan.nodes=4",
+    )
+    add("--json", metavar="FILE", type=Path, help="write every number and layout to this file")
+    add("--plot", metavar="FILE.png", type=Path, help="draw what length costs into this file")
+    return parser
 
 
 def _write(found: Answer, json_file: Path | None, plot_file: Path | None) -> None:
@@ -51,4 +66,6 @@ def _write(found: Answer, json_file: Path | None, plot_file: Path | None) -> Non
 
 
 if __name__ == "__main__":
+    # Who pages the text may stop reading it.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -3,7 +3,9 @@ leaving the others in a collective until it times out. Every function is collect
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import torch
@@ -38,6 +40,25 @@ def on_first(action: Callable[[], T]) -> T:
     box = [everywhere(action) if dist.get_rank() == 0 else everywhere(lambda: None)]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+def on_first_at_length(action: Callable[[], T], seconds: float) -> T:
+    """``on_first`` for what may take longer than a collective may: every so many seconds the
+    processes meet. The action runs in a thread of its own, which must not communicate."""
+    future: Future[T] = Future()
+    if dist.get_rank() == 0:
+        in_background = threading.Thread(target=_settle, args=(future, action), daemon=True)
+        in_background.start()
+    while not on_first(lambda: bool(wait([future], seconds).done)):
+        pass
+    return on_first(future.result)
+
+
+def _settle(future: Future[T], action: Callable[[], T]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def gather(value: T) -> list[T] | None:

@@ -11,8 +11,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_m1.checkpoint import agreement, lease, manifest
-from megatron_m1.checkpoint.folders import from_latest, given_by, is_whole
-from megatron_m1.checkpoint.manifest import MANIFEST, Damaged, Entry
+from megatron_m1.checkpoint.folders import (
+    earlier,
+    from_latest,
+    given_by,
+    is_whole,
+    step_folder,
+)
+from megatron_m1.checkpoint.manifest import MANIFEST
 from megatron_m1.errors import InputError
 
 
@@ -35,6 +41,20 @@ def chosen(load: str | None, own: Path | None, verify: str) -> Iterator[Path | N
     paths = agreement.on_first(lambda: _candidates(load, own))
     with ExitStack() as leases:
         yield _first_whole(paths, verify, leases)
+
+
+@contextmanager
+def newest_before(folder: Path, step: int, verify: str) -> Iterator[Path | None]:
+    """The newest checkpoint in a folder that is of an earlier step and not damaged; None without
+    one. It is kept from being removed while the block runs. Collective."""
+    paths = agreement.on_first(lambda: earlier(step_folder(folder, step)))
+    with ExitStack() as leases:
+        try:
+            found = _first_whole(paths, verify, leases)
+        except InputError as error:
+            _warn(str(error))
+            found = None
+        yield found
 
 
 def _candidates(load: str | None, own: Path | None) -> list[Path]:
@@ -60,28 +80,14 @@ def _first_whole(paths: list[Path], verify: str, leases: ExitStack) -> Path | No
 
 def _verify(path: Path, verify: str, is_last: bool) -> None:
     """Compare a checkpoint with its manifest, each process its share of the files."""
-    files = agreement.on_first(lambda: _manifest(path))
+    files = agreement.on_first(lambda: manifest.read(path))
     if files is None:
         if not is_last:
-            raise InputError(f"checkpoint {path} is damaged: it has no {MANIFEST}")
+            raise manifest.Damaged.of(path, f"it has no {MANIFEST}")
         _warn(f"checkpoint {path} has no {MANIFEST}: it is read without being verified")
         return
     mine = manifest.share(files, dist.get_rank(), dist.get_world_size())
-    agreement.everywhere(lambda: _check(path, files, mine, is_full=verify == "full"))
-
-
-def _manifest(path: Path) -> dict[str, Entry] | None:
-    try:
-        return manifest.read(path)
-    except Damaged as error:
-        raise InputError(f"checkpoint {path} is damaged: {error}") from error
-
-
-def _check(path: Path, files: dict[str, Entry], names: list[str], is_full: bool) -> None:
-    try:
-        manifest.check(path, files, names, is_full)
-    except Damaged as error:
-        raise InputError(f"checkpoint {path} is damaged: {error}") from error
+    agreement.everywhere(lambda: manifest.check(path, files, mine, is_full=verify == "full"))
 
 
 def _warn(text: str) -> None:

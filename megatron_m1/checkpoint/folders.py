@@ -17,6 +17,7 @@ from megatron_m1.checkpoint.disk import replace_file, sync_folder
 from megatron_m1.errors import InputError
 
 CONFIG = "config.json"
+METADATA = ".metadata"
 LATEST = "latest"
 PARTIAL = ".tmp"
 REPLACED = ".old"
@@ -52,21 +53,35 @@ def _all_whole(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def given_by(where: str) -> list[Path]:
+def given_by(where: str, key: str = "checkpoint.load=") -> list[Path]:
     """The checkpoints that a path means, the one to take first: itself; or the latest of a folder
     or of a run, and then the earlier ones there.
 
+    Args:
+        key: what the path was given as, for errors.
+
     Raises:
-        InputError: it holds no checkpoint.
+        InputError: it holds no checkpoint, but something else perhaps.
     """
     path = Path(where)
+    if any(path.glob("*.safetensors*")):
+        raise InputError(
+            f"{key}{where} is a folder of safetensors and no checkpoint of this project: make one "
+            f"of it by tools/convert_checkpoint.py import --hf {where} --out CKPT"
+        )
     found = [path] if is_whole(path) else from_latest(path) or from_latest(path / "checkpoints")
     if not found:
         raise InputError(
-            f"checkpoint.load={where} holds no checkpoint: give a step_N folder, a folder with a "
+            f"{key}{where} holds no checkpoint: give a step_N or imported folder, a folder with a "
             f"file named {LATEST}, or a run's folder"
         )
     return found
+
+
+def holds_checkpoints(path: Path) -> bool:
+    """Whether a folder is a checkpoint, or one or a run's with checkpoints in it."""
+    patterns = (METADATA, f"step_*/{METADATA}", f"checkpoints/step_*/{METADATA}")
+    return any(found for pattern in patterns for found in path.glob(pattern))
 
 
 def from_latest(folder: Path) -> list[Path]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_m1.errors import InputError
+
 MANIFEST = "manifest.json"
 _THREADS = 4
+_READ = 2**22  # bytes that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,12 @@ class Entry:
     sha256: str
 
 
-class Damaged(Exception):
-    """A file of a checkpoint is not what its manifest says; the text names it."""
+class Damaged(InputError):
+    """A file of a checkpoint is not what its manifest says."""
+
+    @classmethod
+    def of(cls, folder: Path, what: str) -> Damaged:
+        return cls(f"checkpoint {folder} is damaged: {what}")
 
 
 def as_bytes(files: dict[str, Entry]) -> bytes:
@@ -43,14 +50,15 @@ def read(folder: Path) -> dict[str, Entry] | None:
         content = json.loads((folder / MANIFEST).read_bytes())
         listed = content["files"]
         if content["sha256"] != _digest(listed):
-            raise Damaged(f"{MANIFEST} does not have the hash that it says")
+            raise Damaged.of(folder, f"{MANIFEST} does not have the hash that it says")
         files = {name: Entry(**values) for name, values in listed.items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {type(error).__name__} {error}") from error
+        reason = f"{MANIFEST} cannot be read: {type(error).__name__} {error}"
+        raise Damaged.of(folder, reason) from error
     if any(Path(name).name != name for name in files):
-        raise Damaged(f"{MANIFEST} names a file outside the folder")
+        raise Damaged.of(folder, f"{MANIFEST} names a file outside the folder")
     return files
 
 
@@ -65,29 +73,50 @@ def share(files: dict[str, Entry], rank: int, size: int) -> list[str]:
     return mine
 
 
-def check(folder: Path, files: dict[str, Entry], names: Iterable[str], is_full: bool) -> None:
+def check(
+    folder: Path,
+    files: dict[str, Entry],
+    names: Iterable[str],
+    is_full: bool,
+    advance: Callable[[int], object] = lambda size: None,
+) -> None:
     """Compare files with the manifest: their sizes, and with ``is_full`` their hashes.
+
+    Args:
+        advance: is told of bytes that were hashed, by several threads.
 
     Raises:
         Damaged: names the first that differs.
     """
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-        list(threads.map(lambda name: _check_file(folder / name, files[name], is_full), names))
+        list(threads.map(lambda name: _check(folder / name, files, is_full, advance), names))
 
 
-def _check_file(path: Path, entry: Entry, is_full: bool) -> None:
+def _check(
+    path: Path, files: dict[str, Entry], is_full: bool, advance: Callable[[int], object]
+) -> None:
     try:
-        size = path.stat().st_size
+        entry, size = files[path.name], path.stat().st_size
         if size != entry.size:
-            raise Damaged(f"{path.name} has {size} bytes, not the {entry.size} of {MANIFEST}")
-        if is_full:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                    raise Damaged(f"{path.name} does not have the SHA-256 of {MANIFEST}")
+            what = f"{path.name} has {size} bytes, not the {entry.size} of {MANIFEST}"
+            raise Damaged.of(path.parent, what)
+        if is_full and _sha256(path, advance) != entry.sha256:
+            raise Damaged.of(path.parent, f"{path.name} does not have the SHA-256 of {MANIFEST}")
+    except KeyError:
+        raise Damaged.of(path.parent, f"{path.name} is not in {MANIFEST}") from None
     except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
+        raise Damaged.of(path.parent, f"{path.name} is missing") from None
     except OSError as error:
-        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from error
+        raise Damaged.of(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _sha256(path: Path, advance: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 def _digest(listed: dict[str, dict[str, int | str]]) -> str:

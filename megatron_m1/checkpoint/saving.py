@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 
 from megatron_m1.checkpoint import agreement, folders, lease, manifest, retention
+from megatron_m1.checkpoint.beside import TOKENIZER
 from megatron_m1.checkpoint.disk import (
     flushed,
     require_space,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from megatron_m1.training.state import Training
 
 T = TypeVar("T")
-_TOKENIZER = "tokenizer.json"
 _LONGEST_PAUSE = 1.0
 
 
@@ -58,8 +58,9 @@ class Save:
         self.path = folders.step_folder(run.checkpoint_dir, run.progress.step)
         self._partial = self.path.with_name(self.path.name + folders.PARTIAL)
         self._config = run.config
-        self._tokenizer = run.tokenizer
+        self._tokenizer, self._beside = run.tokenizer, run.beside
         self._rank = dist.get_rank()
+        self._beat = run.sections.beat
         staged = agreement.everywhere(lambda: _stage(run))
         self._needed = agreement.total(staged.size)
         agreement.on_first(self._make_folder)
@@ -81,6 +82,7 @@ class Save:
         while not self.is_written():
             # Asking now and then, no process is in a collective for longer than it may last.
             time.sleep(pause)
+            self._beat()
             pause = min(2 * pause, _LONGEST_PAUSE)
         try:
             written = agreement.gather(agreement.everywhere(self._written.result))
@@ -115,10 +117,11 @@ class Save:
     def _write_sources(self) -> dict[str, Entry]:
         """What a reader needs beside Megatron's files."""
         config = json.dumps(asdict(self._config), indent=1).encode()
-        files = {folders.CONFIG: write_file(self._partial / folders.CONFIG, config)}
-        if self._tokenizer:
-            self._tokenizer.save(self._partial / _TOKENIZER)
-            files[_TOKENIZER] = flushed(self._partial / _TOKENIZER)
+        texts = {**self._beside, folders.CONFIG: config}
+        files = {name: write_file(self._partial / name, text) for name, text in texts.items()}
+        if self._tokenizer and TOKENIZER not in files:
+            self._tokenizer.save(self._partial / TOKENIZER)
+            files[TOKENIZER] = flushed(self._partial / TOKENIZER)
         return files
 
     def _seal(self, written: list[Written]) -> None:

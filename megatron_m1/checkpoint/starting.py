@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_m1.checkpoint import store
-from megatron_m1.checkpoint.imported import is_imported, model_differences
+import torch.distributed as dist
+
+from megatron_m1.checkpoint import agreement, store
+from megatron_m1.checkpoint.beside import carried
+from megatron_m1.checkpoint.models import is_imported, model_differences, saved_model
 from megatron_m1.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def start(run: Training, path: Path) -> str:
-    """Bring a run to what a checkpoint holds. Collective.
+    """Bring a run to what a checkpoint holds. Its tokenizer's files and those of its import go into
+    the run's own checkpoints. Collective.
 
     Imported weights have no optimizer, step or position of the data, and those of another program
     (RL after pretraining) mean nothing here: the run begins at step 0 with fresh moments.
@@ -25,11 +29,15 @@ def start(run: Training, path: Path) -> str:
     Raises:
         InputError: the checkpoint is damaged, or of another model or other data.
     """
+    if dist.get_rank() == 0:
+        run.beside = agreement.everywhere(lambda: carried(path, run.tokenizer))
+    else:
+        agreement.everywhere(lambda: None)
     imported = is_imported(path)
     if not imported and store.is_of_kind(path, run.config):
         store.load(run, path)
         return f"{path}: going on from step {run.progress.step}"
-    differing = model_differences(run.config.model, store.saved_model(path))
+    differing = model_differences(run.config.model, saved_model(path))
     # The base may change with the length of the sequences.
     base = differing.pop("rope_theta", None)
     if differing:

@@ -8,31 +8,21 @@ from the seed and the position, and a rollout's draws follow from the seed and t
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from megatron_m1.checkpoint.folders import CONFIG
+from megatron_m1.checkpoint.models import model_differences, saved_config, saved_model
 from megatron_m1.checkpoint.optimizer_state import load_optimizer
 from megatron_m1.checkpoint.reading import read_state
 from megatron_m1.checkpoint.saving import Save
 from megatron_m1.checkpoint.state import load_model, sharded_model, sharded_training
-from megatron_m1.config_reading import read_section
 from megatron_m1.errors import InputError
-from megatron_m1.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from megatron_m1.config import CommonConfig
     from megatron_m1.training.state import Training
-
-# Keys of the model that the weights do not depend on: they may change between runs.
-_FREE = (
-    *("name", "init", "rope_theta", "aux_loss_coef", "z_loss_coef"),
-    *("capacity_factor", "drop_policy", "capacity_scope"),
-)
 
 
 def save(run: Training) -> Path:
@@ -73,36 +63,17 @@ def load_weights(chunks: list[nn.Module], path: Path) -> None:
 
 def is_of_kind(path: Path, config: CommonConfig) -> bool:
     """Whether a checkpoint was written by the program that ``config`` is for."""
-    return ("rl" in _saved_config(path)) == hasattr(config, "rl")
-
-
-def saved_model(path: Path) -> ModelConfig:
-    """The sizes of the model in a checkpoint."""
-    problems: list[str] = []
-    model = read_section(ModelConfig, _saved_config(path).get("model"), "model", problems)
-    if problems:
-        raise InputError(f"{path / CONFIG} does not describe a model: {', '.join(problems)}")
-    return model
-
-
-def _saved_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / CONFIG} cannot be read as a configuration: {error}") from error
+    return ("rl" in saved_config(path)) == hasattr(config, "rl")
 
 
 def _check(path: Path, config: CommonConfig) -> None:
     """Refuse a checkpoint whose weights or optimizer do not fit this run."""
-    saved, here = asdict(saved_model(path)), asdict(config.model)
-    differing = [
-        f"model.{key}={here[key]} (the checkpoint has {saved[key]})"
-        for key in here
-        if key not in _FREE and saved[key] != here[key]
-    ]
+    differing = model_differences(config.model, saved_model(path), also=["fp32_lm_head"])
+    # The base may change with the length of the sequences.
+    differing.pop("rope_theta", None)
     if differing:
-        raise InputError(f"checkpoint {path} is of another model: {', '.join(differing)}")
-    distributed = _saved_config(path)["optim"]["distributed"]
+        raise InputError(f"checkpoint {path} is of another model: {', '.join(differing.values())}")
+    distributed = saved_config(path)["optim"]["distributed"]
     if distributed != config.optim.distributed:
         raise InputError(
             f"checkpoint {path} has the state of the optimizer with optim.distributed="

@@ -17,9 +17,9 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_m1.checkpoint.folders import METADATA
 from megatron_m1.errors import InputError
 
-METADATA = ".metadata"
 COMMON = "common.pt"
 
 _TORCH_METADATA = "torch.distributed.checkpoint.metadata"

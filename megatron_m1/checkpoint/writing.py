@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_m1.checkpoint.disk import HashedFile, write_file
+from megatron_m1.checkpoint.folders import METADATA
 from megatron_m1.checkpoint.manifest import Entry
-from megatron_m1.checkpoint.unpickling import COMMON, METADATA
+from megatron_m1.checkpoint.unpickling import COMMON
 
 # What torch.save adds to a tensor.
 _OVERHEAD = 1600

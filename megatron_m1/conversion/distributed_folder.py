@@ -26,10 +26,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_m1.checkpoint import manifest
 from megatron_m1.checkpoint.unpickling import read_metadata
+from megatron_m1.conversion.progress import Bar
 from megatron_m1.conversion.safetensors_file import Form
 from megatron_m1.errors import InputError
 
 OPTIMIZER = "optimizer."
+_TENSORS = ".distcp"
 
 
 @dataclass
@@ -55,6 +57,12 @@ class DistributedFolder:
             for name, stored in self.metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata) and not name.startswith(OPTIMIZER)
         }
+
+    def files(self) -> set[str]:
+        """The files with the weights: of some ranks all is the optimizer's."""
+        names = self.names
+        places = self.metadata.storage_data
+        return {place.relative_path for index, place in places.items() if index.fqn in names}
 
     def form(self, name: str) -> Form:
         stored = self._stored(name)
@@ -120,7 +128,8 @@ class _Into(DefaultLoadPlanner):
 
 
 def check_files(path: Path, is_full: bool) -> None:
-    """Compare a checkpoint with its manifest; one without a manifest gets a warning.
+    """Compare with its manifest what a converter reads of a checkpoint: all but the files that hold
+    nothing but state of the optimizer. One without a manifest gets a warning.
 
     Args:
         is_full: hashes too, not only sizes.
@@ -128,11 +137,15 @@ def check_files(path: Path, is_full: bool) -> None:
     Raises:
         InputError: names the file that differs.
     """
-    try:
-        files = manifest.read(path)
-        if files is None:
-            print(f"warning: {path} has no {manifest.MANIFEST} to verify it by", file=sys.stderr)
-        else:
-            manifest.check(path, files, files, is_full)
-    except manifest.Damaged as error:
-        raise InputError(f"checkpoint {path} is damaged: {error}") from error
+    files = manifest.read(path)
+    if files is None:
+        print(f"warning: {path} has no {manifest.MANIFEST} to verify it by", file=sys.stderr)
+        return
+    # The table that says where the weights are comes first.
+    manifest.check(path, files, [name for name in files if not name.endswith(_TENSORS)], is_full)
+    shards = DistributedFolder(path).files()
+    if not is_full:
+        manifest.check(path, files, shards, is_full)
+        return
+    with Bar("verifying", sum(files[name].size for name in shards & files.keys())) as bar:
+        manifest.check(path, files, shards, is_full, bar.advance)

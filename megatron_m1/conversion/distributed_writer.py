@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_m1.checkpoint.disk import HashedFile, write_file
+from megatron_m1.checkpoint.folders import METADATA
 from megatron_m1.checkpoint.manifest import Entry
-from megatron_m1.checkpoint.unpickling import COMMON, METADATA
+from megatron_m1.checkpoint.unpickling import COMMON
 from megatron_m1.conversion.safetensors_file import Form
 
 _FORMAT = "metadata.json"

@@ -1,7 +1,7 @@
 """The formats that weights come in and go out to: for each a table of names and its configuration.
 
 A format is a ``Family``: which tensors hold each of our parameters (a table of invertible rules, as
-in ``mapping``), and how its config.json is read and written (``foreign_config``). Conversion goes
+in ``mapping``), and how its config.json is read and written (``words``). Conversion goes
 from the tensors of one family through our parameters to those of another, so a new family is a new
 table here and nothing else.
 """
@@ -22,7 +22,8 @@ from megatron_m1.checkpoint.mapping import (
     Rule,
     mapped_parameters,
 )
-from megatron_m1.conversion.foreign_config import NATIVE, OWN, REMOTE, Words
+from megatron_m1.conversion.foreign_config import Words
+from megatron_m1.conversion.words import NATIVE, OWN, REMOTE
 from megatron_m1.model.config import ModelConfig
 
 _EXPERT = ".experts.{expert}."

@@ -1,19 +1,16 @@
-"""config.json of other formats into our sizes and back.
+"""config.json in Hugging Face's form into our sizes and back, in the words of a format (``words``).
 
 Reading is strict: a key that would change the mathematics and is not understood here is refused by
 name, since a model that is read almost right trains and speaks almost right.
-
-Sources: the released config.json of MiniMax-M1; ``MiniMaxConfig`` of transformers 4.57 and 5.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megatron_m1.config_reading import read_section
 from megatron_m1.conversion.rope import KEYS as ROPE_KEYS
 from megatron_m1.conversion.rope import (
     Rope,
@@ -23,7 +20,7 @@ from megatron_m1.conversion.rope import (
     written_partly,
     written_whole,
 )
-from megatron_m1.model.config import LIGHTNING, SOFTMAX, ModelConfig
+from megatron_m1.model.config import LIGHTNING, ModelConfig
 
 # Their key: ours.
 _SIZES = {
@@ -255,53 +252,3 @@ def _number(values: Mapping[str, Any], key: str, problems: list[str]) -> float:
         )
         return 1.0
     return float(value)
-
-
-REMOTE = HuggingFaceWords(
-    layers="attn_type_list",
-    kinds={LIGHTNING: 0, SOFTMAX: 1},
-    scale="layernorm_{part}_{factor}",
-    parts=("full_attention", "linear_attention", "mlp"),
-    must={
-        "hidden_act": ("silu",),
-        "postnorm": (True,),
-        "shared_intermediate_size": (0, [0], None),
-        "sliding_window": (None,),
-        "tie_word_embeddings": (False,),
-        "quantization_config": (None,),
-    },
-    # Without it MiniMax's code adds the residual before the norm.
-    needed=("postnorm",),
-)
-NATIVE = HuggingFaceWords(
-    layers="layer_types",
-    kinds={LIGHTNING: "linear_attention", SOFTMAX: "full_attention"},
-    scale="{part}_{factor}_factor",
-    parts=("full_attn", "linear_attn", "mlp"),
-    must={
-        "hidden_act": ("silu",),
-        "sliding_window": (None,),
-        "tie_word_embeddings": (False,),
-        "quantization_config": (None,),
-    },
-    rotates_whole_heads=True,
-)
-
-
-@dataclass(frozen=True)
-class OwnWords:
-    """Our configuration under the key ``model``."""
-
-    def read(self, values: Mapping[str, Any], problems: list[str]) -> Described:
-        model = read_section(ModelConfig, values.get("model"), "model", problems)
-        problems += model.problems() if not problems else []
-        return Described(model, values.get("dtype"))
-
-    def write(self, model: ModelConfig, max_length: int) -> dict[str, Any]:
-        return {"model": asdict(model), "max_position_embeddings": max_length}
-
-    def unsaid(self, model: ModelConfig) -> list[str]:
-        return []
-
-
-OWN = OwnWords()

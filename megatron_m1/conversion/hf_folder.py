@@ -16,6 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_m1.checkpoint.beside import inside
+from megatron_m1.checkpoint.folders import holds_checkpoints
+from megatron_m1.conversion.journal import refuse_unfinished
 from megatron_m1.conversion.safetensors_file import Form, StoredTensor, read_header
 from megatron_m1.conversion.weights import shown
 from megatron_m1.errors import InputError
@@ -23,12 +26,6 @@ from megatron_m1.errors import InputError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What belongs to a model beside its weights, and holds no code.
-SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
-)
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -76,24 +73,23 @@ def open_folder(path: Path, without_shards: bool = False) -> HfFolder:
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder: give one with {CONFIG} and safetensors files")
-    config = read_json(path / CONFIG)
     index, single = path / INDEX, path / SINGLE
+    if not index.exists() and not single.exists():
+        raise InputError(_no_weights(path))
+    config = read_json(path / CONFIG)
     if index.exists():
         shards, total_size = _read_index(index)
-    elif single.exists():
-        shards, total_size = dict.fromkeys(read_header(_inside(path, SINGLE)), SINGLE), None
     else:
-        raise InputError(_no_weights(path))
+        shards, total_size = dict.fromkeys(read_header(inside(path, SINGLE)), SINGLE), None
     needed = sorted(set(shards.values()))
     missing = [name for name in needed if not (path / name).exists()]
     if without_shards and missing == needed:
         return HfFolder(path, config, shards, {}, total_size)
     if missing:
         raise InputError(f"{path} lacks {len(missing)} of {len(needed)} shards: {shown(missing)}")
-    found: dict[str, StoredTensor] = {}
-    for name in needed:
-        found |= read_header(_inside(path, name))
-    _compare_with_index(index, shards, found)
+    headers = {name: read_header(inside(path, name)) for name in needed}
+    _compare_with_index(index, shards, headers)
+    found = {name: headers[shard][name] for name, shard in shards.items()}
     return HfFolder(path, config, shards, found, total_size)
 
 
@@ -125,26 +121,18 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
                 f"{path} puts {name} into {shard!r}: a shard is a *.safetensors file of its folder"
             )
     size = metadata.get("total_size")
-    return shards, int(size) if isinstance(size, int | float) else None
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder, or of the cache of downloads whose snapshot the folder is.
-
-    Raises:
-        InputError: it is a link to somewhere else.
-    """
-    target = (folder / name).resolve()
-    # A snapshot of Hugging Face's cache is a folder of links: snapshots/REVISION -> blobs.
-    homes = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        homes.append(folder.resolve().parents[1] / "blobs")
-    if target.parent not in homes:
-        raise InputError(f"{folder / name} is a link out of its folder, to {target}: copy it there")
-    return target
+    if isinstance(size, int) or (isinstance(size, float) and math.isfinite(size)):
+        return shards, int(size)
+    return shards, None
 
 
 def _no_weights(path: Path) -> str:
+    refuse_unfinished(path)
+    if holds_checkpoints(path):
+        return (
+            f"{path} holds a checkpoint of this project and no safetensors: write some by "
+            f"tools/convert_checkpoint.py export --ckpt {path} --hf DIR"
+        )
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
     if pickled:
         return (
@@ -155,14 +143,18 @@ def _no_weights(path: Path) -> str:
 
 
 def _compare_with_index(
-    index: Path, shards: Mapping[str, str], found: Mapping[str, StoredTensor]
+    index: Path, shards: Mapping[str, str], headers: Mapping[str, Mapping[str, StoredTensor]]
 ) -> None:
-    lost = [name for name in shards if name not in found]
+    lost = [name for name, shard in shards.items() if name not in headers[shard]]
     if lost:
         raise InputError(f"{index} puts {shown(lost)} into {shards[lost[0]]}, which lacks it")
-    extra = [name for name in found if name not in shards]
-    if extra:
-        raise InputError(f"{found[extra[0]].file} holds {shown(extra)}, of which {index} is silent")
+    for shard, header in headers.items():
+        # Also what the index puts into another shard: nobody knows which of both is meant.
+        extra = [name for name in header if shards.get(name) != shard]
+        if extra:
+            raise InputError(
+                f"{index.parent / shard} holds {shown(extra)}, which {index} does not put there"
+            )
 
 
 def index_of(shards: Mapping[str, Mapping[str, Form]]) -> dict[str, Any]:
@@ -177,22 +169,3 @@ def index_of(shards: Mapping[str, Mapping[str, Form]]) -> dict[str, Any]:
             name: shard for shard, tensors in sorted(shards.items()) for name in sorted(tensors)
         },
     }
-
-
-def json_bytes(value: dict[str, Any]) -> bytes:
-    """A JSON file that people can read."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def side_files(folder: Path) -> list[str]:
-    """Which of the tokenizer's and generation's files a folder has."""
-    return [name for name in SIDE_FILES if (folder / name).is_file()]
-
-
-def read_inside(folder: Path, name: str) -> bytes:
-    """A file of the folder.
-
-    Raises:
-        InputError: it leads out of it.
-    """
-    return _inside(folder, name).read_bytes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_m1.checkpoint import folders
+from megatron_m1.checkpoint.beside import side_files
 from megatron_m1.checkpoint.disk import readable
-from megatron_m1.checkpoint.unpickling import METADATA, read_common
+from megatron_m1.checkpoint.models import IMPORTED
+from megatron_m1.checkpoint.unpickling import read_common
 from megatron_m1.conversion import hf_folder
 from megatron_m1.conversion.distributed_folder import OPTIMIZER, DistributedFolder
+from megatron_m1.conversion.journal import refuse_unfinished
 from megatron_m1.conversion.recognition import Recognised, checkpoint_weights, recognise
 from megatron_m1.conversion.safetensors_file import Form
 from megatron_m1.errors import InputError
@@ -29,27 +32,26 @@ def resolve(given: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    try:
-        return folders.given_by(str(given))[0]
-    except InputError as error:
-        raise InputError(
-            f"{given} holds no checkpoint: give a step_N or imported folder, a folder with a file "
-            f"named {folders.LATEST}, or a run's folder"
-        ) from error
+    refuse_unfinished(given)
+    return folders.given_by(str(given), key="")[0]
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: Path, ignore: Collection[str] = ()) -> Report:
     """What a folder holds, in words and numbers.
+
+    Args:
+        ignore: keys of a foreign config.json that are not looked at.
 
     Raises:
         InputError: nothing that is known.
     """
-    is_foreign = (path / hf_folder.INDEX).exists() or (path / hf_folder.SINGLE).exists()
-    if is_foreign:
-        return describe_folder(recognise(path, without_shards=True))
-    if (path / hf_folder.CONFIG).exists() and not (path / METADATA).exists():
-        hf_folder.open_folder(path)  # says what is missing
-    return describe_checkpoint(resolve(path))
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder: give a checkpoint, a run or safetensors")
+    refuse_unfinished(path)
+    is_ours = folders.holds_checkpoints(path) or not (path / hf_folder.CONFIG).exists()
+    if is_ours and not any(path.glob("*.safetensors*")):
+        return describe_checkpoint(resolve(path))
+    return describe_folder(recognise(path, without_shards=True, ignore=ignore))
 
 
 def describe_folder(given: Recognised) -> Report:
@@ -65,14 +67,23 @@ def describe_folder(given: Recognised) -> Report:
         "folder": str(folder.path),
         "format": f"safetensors, {given.family.name} ({given.family.architectures[0]})",
         **_describe_model(given.model),
-        "tensors": f"{len(folder.names):,} in {len(shards)} shards",
-        "decays": f"{len(given.decays.keys() & folder.names)} tensors beside the weights",
+        "tensors": f"{len(folder.names):,} in {_counted(len(shards), 'shard')}",
+        "decays": _decays(given),
         "total_size": _total_size(given, forms),
         "shards": "all there" if is_whole else "none here: types and sizes are as the format says",
         "dtypes": _dtype_mix(forms.values()),
-        "beside": _names(name for name in hf_folder.SIDE_FILES if (folder.path / name).exists()),
+        "beside": ", ".join(side_files(folder.path)) or "none",
         "problems": given.problems() or "none",
     }
+
+
+def _decays(given: Recognised) -> str:
+    stored = len(given.decays.keys() & given.folder.names)
+    return f"{_counted(stored, 'tensor')} beside the weights" if stored else "none"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _total_size(given: Recognised, forms: dict[str, Form]) -> str:
@@ -121,18 +132,19 @@ def describe_checkpoint(path: Path) -> Report:
         for name, stored in folder.metadata.state_dict_metadata.items()
         if name in forms and isinstance(stored, TensorStorageMetadata)
     )
-    imported = config.get("imported")
+    imported = config.get(IMPORTED)
     return {
         "folder": str(path),
         "format": "Megatron-core's distributed checkpoint; any layout loads it",
         "origin": f"imported from {imported['format']}" if imported else _progress(path),
         **_describe_model(model),
-        "tensors": f"{len(forms):,} in {pieces:,} pieces in {len(files)} files",
+        "tensors": f"{len(forms):,} in {_counted(pieces, 'piece')} in "
+        f"{_counted(len(files), 'file')}",
         "weights": readable(sum(form.size for form in forms.values())),
         "optimizer": readable(sum(f.size for f in optimizer)) if optimizer else "none",
         "on disk": readable(sum(file.stat().st_size for file in path.iterdir())),
         "dtypes": _dtype_mix(forms.values()),
-        "beside": _names(name for name in hf_folder.SIDE_FILES if (path / name).exists()),
+        "beside": ", ".join(side_files(path)) or "none",
         "problems": weights.name_problems() + weights.form_problems() or "none",
     }
 
@@ -159,10 +171,6 @@ def _dtype_mix(forms: Iterable[Form]) -> str:
         sizes[str(form.dtype).removeprefix("torch.")] += form.size
     total = max(sum(sizes.values()), 1)
     return ", ".join(f"{name} {100 * size / total:.3g} %" for name, size in sizes.most_common())
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
 
 
 def as_text(report: Report) -> str:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.checkpoint.imported import IMPORTED
+from megatron_m1.checkpoint.folders import METADATA
 from megatron_m1.checkpoint.mapping import mapped_parameters
-from megatron_m1.checkpoint.unpickling import METADATA
+from megatron_m1.checkpoint.models import IMPORTED
 from megatron_m1.conversion import distributed_writer, hf_folder
 from megatron_m1.conversion.convert import Job
 from megatron_m1.conversion.decays import decay_forms
@@ -19,7 +19,7 @@ from megatron_m1.conversion.foreign_config import BLOCK_SIZE
 from megatron_m1.conversion.hf_folder import HfFolder
 from megatron_m1.conversion.recognition import Recognised, checkpoint_weights, refuse
 from megatron_m1.conversion.shards import divide, target_forms
-from megatron_m1.conversion.side_files import config_of, generated_texts, read_like
+from megatron_m1.conversion.side_files import config_of, export_texts, import_texts, read_like
 from megatron_m1.conversion.targets import OurCheckpoint, SafetensorsFolder
 from megatron_m1.model.config import ModelConfig
 
@@ -42,7 +42,7 @@ def import_job(given: Recognised, out: Path, dtype: str, shard_size: int) -> Job
         "model": asdict(given.model),
         IMPORTED: {"format": given.family.name, "dtype": dtype},
     }
-    writer = OurCheckpoint(target, forms, config, given.folder.path)
+    writer = OurCheckpoint(target, forms, import_texts(given.folder.path, config))
     identity = {
         "source": _identity(given.folder),
         "config": config,
@@ -96,16 +96,8 @@ def export_job(path: Path, out: Path, options: ExportOptions) -> Job:
             f"max_position_embeddings={length}: give --max-length, or --like with an original",
             file=sys.stderr,
         )
-    writer = SafetensorsFolder(
-        model,
-        target,
-        forms,
-        derived,
-        block,
-        config,
-        options.like or path,
-        generated_texts(config, path),
-    )
+    texts = export_texts(config, path, options.like or path)
+    writer = SafetensorsFolder(model, target, forms, derived, block, texts)
     identity = {
         "source": _identity_of_files(path / METADATA, *sorted(path.glob("*.distcp"))),
         "format": family.name,

@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_m1.checkpoint import manifest
 from megatron_m1.checkpoint.disk import sync_folder
+from megatron_m1.conversion.progress import Bar
+from megatron_m1.conversion.workers import Advance
 from megatron_m1.errors import InputError
 
 JOURNAL = ".journal.jsonl"
@@ -51,10 +53,12 @@ class Journal:
         Raises:
             InputError: another job was begun there, or is still running, or ``out`` is taken.
         """
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} exists and is no empty folder: give another or remove it")
         self.out = out
         self.folder = out.with_name(f"{out.name}.partial")
+        if (out / JOURNAL).exists():
+            # Killed between the last two steps of ``publish``.
+            out.rename(self.folder)
+        _refuse_taken(out)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / JOURNAL
         self._file = self._path.open("a+b")
@@ -67,8 +71,7 @@ class Journal:
                 f"{self.folder} was begun from other weights or with other options: remove it, or "
                 "give the same again to go on"
             )
-        found = [Record(**line) for line in lines[1:]]
-        self.records = {record.file: record for record in found if _is_intact(record, self.folder)}
+        self.records = self._intact([Record(**line) for line in lines[1:]])
 
     def add(self, record: Record) -> None:
         """Note a file whose content is on the disk."""
@@ -79,6 +82,7 @@ class Journal:
         """Give the whole folder its name."""
         if self.out.exists():
             self.out.rmdir()
+        sync_folder(self.folder)
         self.folder.rename(self.out)
         # Not before: killed in between, it would be begun again from nothing.
         (self.out / self._path.name).unlink()
@@ -92,8 +96,11 @@ class Journal:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"{self.folder} is being written by another process") from error
+        except OSError:
+            # A file system without locks, as of many clusters: then nobody can tell.
+            return
 
     def _lines(self) -> list[dict[str, Any]]:
         """Those that were written to their end; a kill may leave half of the last one."""
@@ -103,16 +110,49 @@ class Journal:
         self._file.truncate(len(whole))
         return [json.loads(line) for line in whole.splitlines()]
 
+    def _intact(self, written: list[Record]) -> dict[str, Record]:
+        """Those whose files are as they were written, the last of each."""
+        found = {record.file: record for record in written}
+        if not found:
+            return {}
+        with Bar("checking what is there", sum(record.size for record in found.values())) as bar:
+            return {
+                name: record
+                for name, record in found.items()
+                if _is_intact(record, self.folder, bar.advance)
+            }
+
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
-def _is_intact(record: Record, folder: Path) -> bool:
+def refuse_unfinished(folder: Path) -> None:
+    """
+    Raises:
+        InputError: the folder is of a conversion that has not come to its end.
+    """
+    if (folder / JOURNAL).exists():
+        raise InputError(
+            f"{folder} is of a conversion that is not finished: the same command goes on with it"
+        )
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.is_symlink() or out.is_mount():
+        raise InputError(
+            f"{out} is a link or a mount point, in whose place no finished folder can be put: "
+            "give a folder in it"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is no empty folder: give another or remove it")
+
+
+def _is_intact(record: Record, folder: Path, advance: Advance) -> bool:
     try:
         entry = manifest.Entry(record.size, record.sha256)
-        manifest.check(folder, {record.file: entry}, [record.file], is_full=True)
+        manifest.check(folder, {record.file: entry}, [record.file], is_full=True, advance=advance)
     except manifest.Damaged:
         return False
     return True

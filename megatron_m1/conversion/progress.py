@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from threading import Lock
 from time import monotonic
 from types import TracebackType
 from typing import TextIO
@@ -28,6 +29,7 @@ class Bar:
         self._stream = stream or sys.stderr
         self._done = self._before = 0
         self._start = self._last = monotonic()
+        self._lock = Lock()
         self._live = _live(self._stream) if self._stream.isatty() else None
         self._task = self._live.add_task(title, total=self._total) if self._live else None
 
@@ -37,7 +39,11 @@ class Bar:
         self.advance(size)
 
     def advance(self, size: int) -> None:
-        """Count bytes that are done."""
+        """Count bytes that are done. Any thread may."""
+        with self._lock:
+            self._advance(size)
+
+    def _advance(self, size: int) -> None:
         self._done += size
         if self._live and self._task is not None:
             self._live.update(self._task, completed=self._done)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from megatron_m1.checkpoint.mapping import mapped_parameters
-from megatron_m1.config_reading import read_section
+from megatron_m1.checkpoint.models import saved_model
 from megatron_m1.conversion import hf_folder
 from megatron_m1.conversion.decays import decay_forms, decay_problems
 from megatron_m1.conversion.distributed_folder import DistributedFolder
 from megatron_m1.conversion.families import DISTRIBUTED, FAMILIES, Family
 from megatron_m1.conversion.foreign_config import Described
-from megatron_m1.conversion.hf_folder import HfFolder, open_folder, read_json
+from megatron_m1.conversion.hf_folder import HfFolder, open_folder
 from megatron_m1.conversion.safetensors_file import Form
 from megatron_m1.conversion.weights import Weights
 from megatron_m1.errors import InputError
@@ -63,6 +63,12 @@ class Recognised:
         """Which stored decays are not those of the model."""
         stored = self.decays.keys() & self.folder.names
         return decay_problems(stored, self.folder.read, self.model, self.described.block_size)
+
+    @property
+    def has_rounded_decays(self) -> bool:
+        """Whether those that are stored have fewer digits than FP32."""
+        stored = self.decays.keys() & self.folder.names
+        return any(self.folder.form(name).dtype != torch.float32 for name in stored)
 
     def likely_forms(self) -> dict[str, Form]:
         """The tensors of a folder without its shards, in the type that config.json says; routers as
@@ -111,25 +117,13 @@ def _candidates(config: dict[str, Any], path: Path) -> list[Family]:
     return found
 
 
-def model_of(path: Path) -> ModelConfig:
-    """The sizes of the model in one of our checkpoints.
-
-    Raises:
-        InputError: config.json does not say them.
-    """
-    config, problems = read_json(path / hf_folder.CONFIG), list[str]()
-    model = read_section(ModelConfig, config.get("model"), "model", problems)
-    refuse(path / hf_folder.CONFIG, problems or model.problems())
-    return model
-
-
 def checkpoint_weights(path: Path) -> Weights:
     """The weights of one of our checkpoints.
 
     Raises:
         InputError: its table or configuration cannot be read.
     """
-    model = model_of(path)
+    model = saved_model(path)
     return Weights(model, mapped_parameters(model, DISTRIBUTED), DistributedFolder(path))
 
 

@@ -111,6 +111,8 @@ def _tensors(header: dict[str, Any], path: Path, begin: int, size: int) -> dict[
             raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
         form = Form(DTYPES[entry["dtype"]], tuple(entry["shape"]))
         first, last = entry["data_offsets"]
+        if any(type(number) is not int for number in (first, last, *form.shape)):
+            raise ValueError(f"a size or place of {name} is not a whole number")
         if begin + first != end or last - first != form.size or min(form.shape, default=0) < 0:
             raise ValueError(f"the bytes of {name} are not where its header says")
         found[name] = StoredTensor(path, form, end)

@@ -9,18 +9,27 @@ from typing import Any
 
 import torch
 
+from megatron_m1.checkpoint.beside import (
+    FOREIGN_CONFIG,
+    GENERATION,
+    TOKEN_IDS,
+    TOKENIZER,
+    json_bytes,
+    read_inside,
+    read_side_files,
+)
+from megatron_m1.checkpoint.models import saved_config
 from megatron_m1.conversion.families import Family
 from megatron_m1.conversion.foreign_config import WITHOUT_EFFECT
 from megatron_m1.conversion.hf_folder import CONFIG, read_json
 from megatron_m1.conversion.safetensors_file import Form
-from megatron_m1.conversion.targets import FOREIGN_CONFIG
 from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.errors import InputError
 from megatron_m1.model.config import ModelConfig
 
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LENGTH = "max_position_embeddings"
 # Mean the same in every architecture.
-_SHARED = (*_TOKENS, "max_position_embeddings", "initializer_range")
+_SHARED = (*TOKEN_IDS, _LENGTH, "initializer_range")
 _MAX_LENGTH = 10_240_000  # as released
 
 
@@ -28,15 +37,16 @@ def read_like(path: Path, like: Path | None, family: Family) -> dict[str, Any]:
     """The keys of an original config.json that say nothing about the weights.
 
     Args:
-        path: our checkpoint, which has one where it was imported.
-        like: the folder to take it from instead.
+        path: our checkpoint, which has one where its weights were once imported.
+        like: the folder to take it from instead, an original or a checkpoint.
 
     Raises:
         InputError: there is no such folder.
     """
     if like and not like.is_dir():
         raise InputError(f"--like {like} is no folder")
-    file = like / CONFIG if like else path / FOREIGN_CONFIG
+    source = like or path
+    file = source / (FOREIGN_CONFIG if (source / FOREIGN_CONFIG).exists() else CONFIG)
     if not file.exists():
         return {}
     content = read_json(file)
@@ -57,13 +67,15 @@ def config_of(
 
     Args:
         like: keys of an original, which give way to what the checkpoint says.
-        max_length: the longest sequence; None is the original's, or what the run trained on.
+        max_length: the longest sequence; None is the longer of the original's and what the run
+            trained on.
     """
-    trained = (read_json(path / CONFIG).get("train") or {}).get("seq_length")
-    max_length = max_length or like.get("max_position_embeddings") or trained or _MAX_LENGTH
+    trained = (saved_config(path).get("train") or {}).get("seq_length")
+    said = [length for length in (like.get(_LENGTH), trained) if type(length) is int]
+    max_length = max_length or max(said, default=_MAX_LENGTH)
     found = _tokenizer(path)
     return {
-        **dict.fromkeys(_TOKENS),
+        **dict.fromkeys(TOKEN_IDS),
         **({"eos_token_id": found[0].eod} if found else {}),
         **like,
         "architectures": [family.architectures[0]],
@@ -75,27 +87,56 @@ def config_of(
     }
 
 
-def generated_texts(config: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Files that transformers reads, where no original can be copied."""
-    ids = {key: config[key] for key in _TOKENS if config.get(key) is not None}
-    texts: dict[str, dict[str, Any]] = {"generation_config.json": ids}
+def export_texts(config: Mapping[str, Any], path: Path, source: Path) -> dict[str, bytes]:
+    """Every file to write beside weights and index, by name.
+
+    Args:
+        config: what config.json says.
+        path: our checkpoint, from which tokenizer and generation are told where ``source`` has no
+            file for them.
+        source: the folder whose files are copied.
+
+    Raises:
+        InputError: one of those cannot be copied.
+    """
+    ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+    texts = {GENERATION: json_bytes(ids)}
     found = _tokenizer(path)
     if found:
-        texts["tokenizer_config.json"] = {
+        told = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": found[1],
-            "model_max_length": config["max_position_embeddings"],
+            "model_max_length": config[_LENGTH],
             "clean_up_tokenization_spaces": False,
         }
-    return texts
+        texts["tokenizer_config.json"] = json_bytes(told)
+    return {**texts, **read_side_files(source), CONFIG: json_bytes(config)}
+
+
+def import_texts(source: Path, config: dict[str, Any]) -> dict[str, bytes]:
+    """Every file of our checkpoint beside its weights, by name.
+
+    Args:
+        source: the folder that is imported.
+        config: what config.json says.
+
+    Raises:
+        InputError: a file of the folder cannot be copied.
+    """
+    foreign = read_inside(source, CONFIG)
+    return {**read_side_files(source), FOREIGN_CONFIG: foreign, CONFIG: json_bytes(config)}
 
 
 def _tokenizer(path: Path) -> tuple[Tokenizer, str] | None:
     """The checkpoint's tokenizer and the text of its end of document, where a run named it."""
-    eod = (read_json(path / CONFIG).get("data") or {}).get("eod")
-    if eod is None or not (path / "tokenizer.json").is_file():
+    eod = (saved_config(path).get("data") or {}).get("eod")
+    if eod is None or not (path / TOKENIZER).is_file():
         return None
-    return Tokenizer.load(path, eod), eod
+    try:
+        return Tokenizer.load(path, eod), eod
+    except ValueError:
+        # An import's, which the run did not read by.
+        return None
 
 
 def _main_dtype(forms: Mapping[str, Form]) -> str:

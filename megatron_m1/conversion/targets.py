@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from megatron_m1.checkpoint.beside import json_bytes
 from megatron_m1.checkpoint.disk import write_file
 from megatron_m1.checkpoint.manifest import MANIFEST, Entry
 from megatron_m1.checkpoint.manifest import as_bytes as manifest_bytes
@@ -28,23 +28,18 @@ from megatron_m1.conversion.safetensors_file import Form, SafetensorsWriter
 from megatron_m1.conversion.shards import Shard
 from megatron_m1.model.config import ModelConfig
 
-FOREIGN_CONFIG = "foreign_config.json"
-"""The config.json that imported weights came with, inside our checkpoint."""
-
 
 @dataclass(frozen=True)
 class OurCheckpoint:
     """Weights that any layout can load; no optimizer, no position of the data.
 
     Attributes:
-        config: what config.json says.
-        source: where tokenizer and generation files are copied from.
+        texts: the files beside the weights.
     """
 
     parameters: Mapping[str, MappedParameter]
     forms: Mapping[str, Form]
-    config: dict[str, Any]
-    source: Path
+    texts: Mapping[str, bytes]
 
     def write(self, folder: Path, shard: Shard, read: Callable[[str], Tensor]) -> Record:
         parts = []
@@ -65,16 +60,9 @@ class OurCheckpoint:
         entries = {file: Entry(record.size, record.sha256) for file, record in records.items()}
         entries |= write_table(folder, self.forms, files)
         entries |= write_common(folder, {"progress": {"step": 0, "tokens": 0}})
-        for name, text in self._texts().items():
+        for name, text in self.texts.items():
             entries[name] = write_file(folder / name, text)
         write_file(folder / MANIFEST, manifest_bytes(entries))
-
-    def _texts(self) -> dict[str, bytes]:
-        """Tokenizer, generation and configuration files."""
-        names = hf_folder.side_files(self.source)
-        texts = {name: hf_folder.read_inside(self.source, name) for name in names}
-        texts[FOREIGN_CONFIG] = hf_folder.read_inside(self.source, hf_folder.CONFIG)
-        return {**texts, hf_folder.CONFIG: hf_folder.json_bytes(self.config)}
 
 
 @dataclass(frozen=True)
@@ -85,9 +73,7 @@ class SafetensorsFolder:
         model: our sizes, by which operations unpack.
         derived: tensors that follow from the sizes.
         block_size: tokens of a block of lightning attention, for those.
-        config: what config.json says.
-        source: where tokenizer and generation files are copied from.
-        texts: JSON files to write where the source has none.
+        texts: the files beside the weights.
     """
 
     model: ModelConfig
@@ -95,9 +81,7 @@ class SafetensorsFolder:
     forms: Mapping[str, Form]
     derived: Mapping[str, Form]
     block_size: int
-    config: dict[str, Any]
-    source: Path
-    texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    texts: Mapping[str, bytes]
 
     def write(self, folder: Path, shard: Shard, read: Callable[[str], Tensor]) -> Record:
         names = {name for ours in shard.parameters for name, _ in self.parameters[ours].theirs}
@@ -124,10 +108,5 @@ class SafetensorsFolder:
                 for file, record in records.items()
             }
         )
-        texts = {name: hf_folder.json_bytes(content) for name, content in self.texts.items()}
-        for name in hf_folder.side_files(self.source):
-            texts[name] = hf_folder.read_inside(self.source, name)
-        texts[hf_folder.INDEX] = hf_folder.json_bytes(index)
-        texts[hf_folder.CONFIG] = hf_folder.json_bytes(self.config)
-        for name, text in texts.items():
+        for name, text in {**self.texts, hf_folder.INDEX: json_bytes(index)}.items():
             write_file(folder / name, text)

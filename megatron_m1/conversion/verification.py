@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_m1.checkpoint.imported import model_differences
+from megatron_m1.checkpoint.models import model_differences
 from megatron_m1.conversion.progress import Bar
 from megatron_m1.conversion.recognition import Recognised
 from megatron_m1.conversion.weights import Weights, shown
@@ -92,6 +92,19 @@ def differing_dtypes(sides: Sides) -> list[str]:
     ]
 
 
+def narrower_dtypes(sides: Sides) -> dict[str, torch.dtype]:
+    """The narrower type of each parameter that is stored in two."""
+    pairs = {
+        name: (sides.left.dtype(name), sides.right.dtype(name)) for name in sides.left.parameters
+    }
+    return {name: narrower(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def narrower(left: torch.dtype, right: torch.dtype) -> torch.dtype:
+    """The type with fewer digits."""
+    return max(left, right, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def _dtypes(sides: Sides) -> Rung:
     found = differing_dtypes(sides)
     if not found:
@@ -124,9 +137,8 @@ def _difference(sides: Sides, name: str, advance: Advance) -> str | None:
     """What tells a parameter's two sides apart; None where nothing does."""
     left, right = sides.left.read(name), sides.right.read(name)
     advance(left.nbytes)
-    if left.dtype != right.dtype:
-        narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-        left, right = left.to(narrow), right.to(narrow)
+    narrow = narrower(left.dtype, right.dtype)
+    left, right = left.to(narrow), right.to(narrow)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.dtype.itemsize]
     if torch.equal(left.contiguous().view(bits), right.contiguous().view(bits)):
         return None

@@ -68,9 +68,9 @@ class Weights:
 
     def form_problems(self) -> list[str]:
         """Which tensors that are there have another shape than the model's, or are no floats."""
-        found = []
+        found, names = [], self.tensors.names
         for name, shape in self.expected().items():
-            form = self.tensors.form(name) if name in self.tensors.names else None
+            form = self.tensors.form(name) if name in names else None
             if form and form.shape != shape:
                 found.append(f"{name} is {list(form.shape)}, the configuration says {list(shape)}")
             elif form and form.dtype not in FLOATS:

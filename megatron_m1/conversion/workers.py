@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
+
+from megatron_m1.errors import WorkerDied
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -36,6 +40,9 @@ def work(
     Args:
         function: of a module, so that another process finds it.
         workers: processes; 1 works in this one.
+
+    Raises:
+        WorkerDied: a process ended before its item was finished.
     """
     if workers == 1:
         yield from (function(shared, item, advance) for item in items)
@@ -51,12 +58,19 @@ def work(
             advance(now - seen)
             seen = now
             yield from (future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise WorkerDied(
+            f"one of the {workers} worker processes was killed, as the system does when memory "
+            "runs out: the same command with fewer --workers goes on with what is left"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _enter(function: Callable[..., Any], shared: Any, counter: Any, parent: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C on the terminal reaches every process, and one of them says what it means.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _here.update(function=function, shared=shared, counter=counter)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 

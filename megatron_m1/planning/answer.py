@@ -103,7 +103,8 @@ def compared(model: ModelConfig, tokens: int) -> Compared:
 
 
 def as_json(found: Answer) -> dict[str, Any]:
-    """Every number of the answer. Bytes, seconds, and operations without prefixes."""
+    """Every number of the answer. Bytes, seconds, and operations without prefixes. The layouts that
+    fit come first, the fastest before the others; the configured one is marked, fits or not."""
     model, train = found.config.model, found.config.train
     length = found.config.plan.document_length or train.seq_length
     return {
@@ -122,7 +123,7 @@ def as_json(found: Answer) -> dict[str, Any]:
         "lengths": [vars(compared(model, tokens)) for tokens in LENGTHS],
         "cluster": {"gpu": found.config.plan.gpu, "gpus": found.config.plan.gpus},
         "judged": found.search.judged,
-        "layouts": [_layout(candidate) for candidate in found.search.found],
+        "layouts": [_layout(candidate, found.search) for candidate in found.search.to_list()],
         "tokens": found.tokens,
         "tokens_price": found.tokens_price and vars(found.tokens_price),
         "days_price": found.days_price and vars(found.days_price),
@@ -135,12 +136,14 @@ def _plain(rl: RlCost) -> dict[str, Any]:
     return {"rollout": vars(rl.rollout), "price": vars(rl.price)}
 
 
-def _layout(candidate: Candidate) -> dict[str, Any]:
+def _layout(candidate: Candidate, among: Search) -> dict[str, Any]:
     cost = candidate.cost
     return {
         "parallel": vars(candidate.config.parallel),
         "micro_batch": candidate.config.train.micro_batch,
         "recompute": candidate.recompute,
+        "fits": candidate.fits,
+        "configured": among.is_configured(candidate),
         "memory": {**candidate.memory.parts(), "total": candidate.memory.total},
         "step_seconds": dict(cost.seconds) | {"total": cost.total},
         "tokens_per_second": cost.tokens_per_second,

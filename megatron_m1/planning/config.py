@@ -118,6 +118,11 @@ class Plan:
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
 
+    @property
+    def usable_gb(self) -> float:
+        """GiB of a GPU that a run may fill."""
+        return self.gpu_memory_gb - self.reserved_gb
+
 
 @dataclass
 class PlanConfig(RunConfig):

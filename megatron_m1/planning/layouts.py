@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_m1.config import RunConfig, TrainConfig
+from megatron_m1.config import TrainConfig
 from megatron_m1.config_checks import model_layout_problems, run_problems
 from megatron_m1.errors import ConfigError
 from megatron_m1.planning import memory
@@ -29,9 +29,14 @@ _DEGREES = ("tp", "pp", "ep", "etp", "cp")
 class Candidate:
     """A layout that can run, with what it needs and takes."""
 
-    config: RunConfig
+    config: PlanConfig
     memory: Memory
     cost: StepCost
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU of the plan holds it."""
+        return self.memory.total <= self.config.plan.usable_gb * GIB
 
     @property
     def recompute(self) -> str:
@@ -70,6 +75,14 @@ class Search:
     tightest: float
     configured: Candidate | None
 
+    def is_configured(self, candidate: Candidate) -> bool:
+        return self.configured is not None and candidate.config == self.configured.config
+
+    def to_list(self) -> list[Candidate]:
+        """What was found, and the configured layout where it is not among it."""
+        more = [self.configured] if self.configured else []
+        return self.found + [one for one in more if not any(map(self.is_configured, self.found))]
+
 
 def search(config: PlanConfig) -> Search:
     """Every layout of ``plan.search`` that fits; with ``enabled=false`` the configured one.
@@ -80,11 +93,10 @@ def search(config: PlanConfig) -> Search:
     plan, model = config.plan, config.model
     _refuse(plan_problems(plan))
     configured = _configured(config)
-    limit = (plan.gpu_memory_gb - plan.reserved_gb) * GIB
     if not plan.search.enabled:
         _refuse(run_problems(config, plan.gpus))
         assert configured
-        fitting = [configured] if configured.memory.total <= limit else []
+        fitting = [configured] if configured.fits else []
         return Search(fitting, 1, configured.memory.total, configured)
     _refuse(_problems_without_degrees(config))
     known, found, judged, tightest = _KnownTimes(config), [], 0, math.inf
@@ -99,7 +111,7 @@ def search(config: PlanConfig) -> Search:
                 continue
             needed = memory.estimate(candidate, plan.gpus)
             judged, tightest = judged + 1, min(tightest, needed.total)
-            if needed.total <= limit:
+            if needed.total <= plan.usable_gb * GIB:
                 cost = step_cost(candidate, plan, known.of(layout, train))
                 found.append(Candidate(candidate, needed, cost))
     if not judged:

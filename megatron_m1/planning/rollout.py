@@ -1,8 +1,9 @@
 """How long decoding takes: the weights, states and keys that a step must read, or its operations.
 
-A group of GPUs holds one copy of the weights, divided equally (heads, experts and vocabulary), and
-decodes a batch of sequences together. The group is the fewest nodes, a power of two of them, that
-hold weights and one sequence; the state of training is meant to be elsewhere meanwhile.
+A group of GPUs holds one copy of the weights and decodes a batch of sequences together. The group
+is the fewest nodes that hold weights and one sequence; the state of training is meant to be
+elsewhere meanwhile. Where the heads divide by the GPUs, every layer is divided over all of them;
+else over the GPUs of a node, and the layers over the nodes, of which some may have one more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Rollout:
         gpus: of the group.
         sequences: that fit at their full length.
         step_seconds: for one more token of each of the batch, at the mean length.
-        memory: bytes on each GPU, by what takes them, when the batch has its full length.
+        memory: bytes on the fullest GPU, by what takes them, when the batch has its full length.
     """
 
     gpus: int
@@ -79,11 +80,11 @@ def _rollout(
     model: ModelConfig, plan: Plan, gpus: int, batch: int, prompt: int, response: int
 ) -> Rollout:
     length = prompt + response
-    states = lightning_state_bytes(model)
+    states, share = lightning_state_bytes(model), _share(model, plan, gpus)
     memory = {
-        "weights": _weight_bytes(model) / gpus,
-        "keys and values": batch * (state_bytes(model, length) - states) / gpus,
-        "lightning states": batch * states / gpus,
+        "weights": share * _weight_bytes(model),
+        "keys and values": share * batch * (state_bytes(model, length) - states),
+        "lightning states": share * batch * states,
     }
     seconds = decode_seconds(model, plan, gpus, batch, prompt + response // 2)
     return Rollout(gpus, _sequences(model, plan, gpus, length), batch, seconds, memory)
@@ -97,9 +98,10 @@ def decode_seconds(model: ModelConfig, plan: Plan, gpus: int, batch: int, contex
     # The states are written again; of the embedding only some rows are read.
     read += batch * (state_bytes(model, context) + lightning_state_bytes(model))
     read -= _BF16 * model.vocab_size * model.hidden_size
-    bandwidth = gpus * plan.hbm_tb_per_s * 1e12 * plan.efficiency.memory
+    share = _share(model, plan, gpus)
+    bandwidth = plan.hbm_tb_per_s * 1e12 * plan.efficiency.memory / share
     products = batch * sum(flops.decode(model, context).values())
-    peak = gpus * plan.bf16_tflops * 1e12 * plan.efficiency.matmul
+    peak = plan.bf16_tflops * 1e12 * plan.efficiency.matmul / share
     reduced = Group(gpus, 1).ring(plan, batch * model.hidden_size * _BF16)
     return max(read / bandwidth, products / peak) + 4 * model.num_layers * reduced
 
@@ -111,16 +113,19 @@ def _weight_bytes(model: ModelConfig) -> float:
 
 def _group(model: ModelConfig, plan: Plan, length: int) -> int | None:
     """GPUs of the smallest group that holds the weights and a sequence."""
-    nodes = 1
-    while nodes <= plan.nodes:
-        gpus = nodes * plan.gpus_per_node
-        if _sequences(model, plan, gpus, length) > 0:
-            return gpus
-        nodes *= 2
-    return None
+    groups = (nodes * plan.gpus_per_node for nodes in range(1, plan.nodes + 1))
+    return next((gpus for gpus in groups if _sequences(model, plan, gpus, length)), None)
 
 
 def _sequences(model: ModelConfig, plan: Plan, gpus: int, length: int) -> int:
     """How many of this length fit beside the weights."""
-    room = gpus * (plan.gpu_memory_gb - plan.reserved_gb) * GIB - _weight_bytes(model)
+    room = plan.usable_gb * GIB / _share(model, plan, gpus) - _weight_bytes(model)
     return max(0, int(room / state_bytes(model, length)))
+
+
+def _share(model: ModelConfig, plan: Plan, gpus: int) -> float:
+    """The part of the model that the fullest GPU of a group holds."""
+    if model.num_attention_heads % gpus == 0:
+        return 1 / gpus
+    most = math.ceil(model.num_layers / (gpus // plan.gpus_per_node))
+    return most / model.num_layers / plan.gpus_per_node

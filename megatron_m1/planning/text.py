@@ -27,14 +27,29 @@ def describe(found: Answer) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first to the left and the others to the right."""
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], groups: Sequence[tuple[str, int]] = ()
+) -> str:
+    """Columns two spaces apart, the first to the left and the others to the right.
+
+    Args:
+        groups: titles over the columns after the first, each with how many it is over.
+    """
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = []
+    lines = [_titles(groups, widths)] if groups else []
     for row in (head, *rows):
         cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append("  ".join((row[0].ljust(widths[0]), *cells)).rstrip())
     return "\n".join(lines)
+
+
+def _titles(groups: Sequence[tuple[str, int]], widths: Sequence[int]) -> str:
+    cells, start = [" " * widths[0]], 1
+    for title, count in groups:
+        width = sum(widths[start : start + count]) + 2 * (count - 1)
+        cells.append(f" {title} ".center(width, "-"))
+        start += count
+    return "  ".join(cells)
 
 
 def _model(found: Answer) -> str:
@@ -90,19 +105,21 @@ def _lengths(found: Answer) -> str:
             + [f"{mine / r1:.0%}", f"{mine / at.absorbed:.0%}"]
             + [f"{amount / GIB:,.2f}" for amount in at.state]
         )
-    head = ["tokens", "decode", "softmax", "R1", "generate", "softmax", "R1", "of R1", "absorbed"]
-    head += ["state", "softmax", "R1"]
+    three = ["here", "softmax", "R1"]
+    groups = [("decode, GFLOP", 3), ("generate, PFLOP", 5), ("state, GiB", 3)]
     return (
-        "# lengths: GFLOP of the last token, PFLOP of generating all, GiB of a sequence's state;\n"
-        "# beside it the same sizes with softmax attention alone, and DeepSeek-R1\n"
-        f"{table(head, rows)}"
+        "# lengths: against the same sizes with softmax attention alone, and DeepSeek-R1\n"
+        f"{table(['tokens', *three, *three, 'of R1', 'absorbed', *three], rows, groups)}\n"
+        "decode: the last token; generate: all of them one by one; state: what a sequence keeps;\n"
+        "of R1: here over R1; absorbed: over R1 that computes attention in its latent"
     )
 
 
 def _layouts(found: Answer) -> str:
     plan, train = found.config.plan, found.config.train
+    nodes = "1 node" if plan.nodes == 1 else f"{plan.nodes} nodes"
     lines = [
-        f"# layouts: {plan.nodes} nodes x {plan.gpus_per_node} {plan.gpu}, "
+        f"# layouts: {nodes} x {plan.gpus_per_node} {plan.gpu}, "
         f"{plan.gpu_memory_gb:g} GiB of which {plan.reserved_gb:g} are reserved; "
         f"{train.global_batch:,} rows x {train.seq_length:,} tokens",
         _how_many_fit(found),
@@ -126,7 +143,7 @@ def _configured(found: Answer) -> list[str]:
     if not given or not plan.search.enabled:
         return []
     needed, cost = given.memory.total / GIB, given.cost
-    fits = "fits" if needed <= plan.gpu_memory_gb - plan.reserved_gb else "does not fit"
+    fits = "fits" if given.fits else "does not fit"
     return [
         f"as configured (parallel and train): {needed:.1f} GiB, which {fits}; {cost.total:.2f} "
         f"s/step, {cost.tflops:.0f} TF/s"
@@ -136,9 +153,9 @@ def _configured(found: Answer) -> list[str]:
 def _how_many_fit(found: Answer) -> str:
     plan, tightest = found.config.plan, found.search.tightest / GIB
     if not plan.search.enabled:
-        limit = plan.gpu_memory_gb - plan.reserved_gb
-        fits = "fits" if tightest <= limit else "does not fit"
-        return f"# the layout that is configured {fits}: it needs {tightest:.1f} GiB of {limit:g}"
+        fits = "fits" if found.best else "does not fit"
+        needed = f"{tightest:.1f} GiB of {plan.usable_gb:g}"
+        return f"# the layout that is configured {fits}: it needs {needed}"
     fitting = f"# {len(found.search.found):,} of {found.search.judged:,} combinations fit"
     if found.best:
         return fitting
@@ -170,7 +187,7 @@ def _best(found: Answer, best: Candidate) -> str:
     memory = [f"{name} {size / GIB:.1f}" for name, size in best.memory.parts().items()]
     exchanged = best.cost.share(*EXCHANGES)
     lines = [
-        "# the first of them",
+        "# the first of them" if plan.search.enabled else "# the layout",
         layout.describe(plan.gpus),
         *_wrapped("GiB on the fullest GPU: ", memory),
         *_wrapped("time: ", shares),

@@ -301,15 +301,27 @@ def test_a_failed_save_ends_training_or_not(
     assert (run.checkpoint_dir / "latest").read_text() == "step_000006"
 
 
+def test_a_save_that_takes_long_shows_that_it_lives(run: Run, gate: threading.Event) -> None:
+    saving = Save(run)
+    beats = run.sections.beats
+    threading.Timer(0.5, gate.set).start()
+    saving.finish()
+    assert run.sections.beats > beats + 5
+
+
 def test_a_loss_that_is_no_number_does_not_lose_the_save_on_its_way(
     single_process: Layout, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(str(tmp_path), prefix)
     config = replace(config, checkpoint=CheckpointConfig(every=2))
+    config = replace(config, train=replace(config.train, max_skipped=0))
 
     def third_is_nan(run: Run) -> StepResult:
         result = train_step(run)
-        return replace(result, loss=math.nan) if run.progress.step == 3 else result
+        if run.progress.step < 3:
+            return result
+        run.progress.count(is_finite=False)
+        return replace(result, loss=math.nan, is_finite=False)
 
     monkeypatch.setattr(loop, "train_step", third_is_nan)
     with pytest.raises(NotFinite, match="step 3"):

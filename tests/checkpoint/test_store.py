@@ -13,6 +13,7 @@ import torch
 from megatron.core import tensor_parallel
 
 from megatron_m1.checkpoint import store
+from megatron_m1.checkpoint.models import saved_model
 from megatron_m1.config import RunConfig
 from megatron_m1.errors import InputError
 from megatron_m1.training.run import Run
@@ -41,8 +42,8 @@ def test_another_model_is_refused_by_its_keys(run: Run, config: RunConfig) -> No
     other = replace(MODEL, head_dim=8, rotary_dim=4, aux_loss_coef=0.5)
     with pytest.raises(InputError) as refused:
         store.load(start(replace(config, model=other)), path)
-    assert "model.head_dim=8 (the checkpoint has 16)" in str(refused.value)
-    assert "model.rotary_dim=4 (the checkpoint has 8)" in str(refused.value)
+    assert "model.head_dim=8 here, 16 there" in str(refused.value)
+    assert "model.rotary_dim=4 here, 8 there" in str(refused.value)
     assert "aux_loss_coef" not in str(refused.value)
 
 
@@ -114,7 +115,7 @@ def test_a_configuration_that_is_none_is_refused(run: Run) -> None:
     path = run.checkpoint_dir / "step_000001"
     (path / "config.json").write_text(json.dumps({"model": {"layers": 3}}))
     with pytest.raises(InputError, match="does not describe a model: unknown key model.layers"):
-        store.saved_model(path)
+        saved_model(path)
     (path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as a configuration"):
-        store.saved_model(path)
+        saved_model(path)

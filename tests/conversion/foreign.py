@@ -13,6 +13,7 @@ from megatron_m1.conversion.convert import convert
 from megatron_m1.conversion.hf_folder import open_folder
 from megatron_m1.conversion.jobs import ExportOptions, export_job, import_job
 from megatron_m1.conversion.recognition import checkpoint_weights, recognise
+from megatron_m1.model.config import ModelConfig
 from tests.training.small_run import MODEL
 from tools.hf_minimax import hf_config
 
@@ -22,10 +23,10 @@ PARTIAL = replace(WHOLE, name="minimax_m1", rotary_dim=8)
 SMALL = 50_000  # bytes of a file, so that there are some
 
 
-def transformers_model(seed: int = 0) -> MiniMaxForCausalLM:
+def transformers_model(seed: int = 0, model: ModelConfig = WHOLE) -> MiniMaxForCausalLM:
     """A random model whose logits are of the size that trained models have."""
     torch.manual_seed(seed)
-    hf = MiniMaxForCausalLM(hf_config(WHOLE, block_size=16, attn_implementation="eager"))
+    hf = MiniMaxForCausalLM(hf_config(model, block_size=16, attn_implementation="eager"))
     with torch.no_grad():
         for parameter in hf.parameters():
             is_norm = parameter.dim() == 1
@@ -33,9 +34,9 @@ def transformers_model(seed: int = 0) -> MiniMaxForCausalLM:
     return hf.eval()
 
 
-def write_toy(folder: Path) -> Path:
+def write_toy(folder: Path, model: ModelConfig = WHOLE) -> Path:
     """A folder as transformers itself writes it."""
-    transformers_model().save_pretrained(folder, max_shard_size="100KB")
+    transformers_model(model=model).save_pretrained(folder, max_shard_size="100KB")
     return folder
 
 

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MiniMaxForCausalLM
 
-from megatron_m1.checkpoint import disk, manifest, store
+from megatron_m1.checkpoint import disk, manifest
 from megatron_m1.checkpoint.mapping import MINIMAX
+from megatron_m1.checkpoint.models import saved_model
 from megatron_m1.conversion import jobs, recognition
 from megatron_m1.conversion.convert import convert
 from megatron_m1.conversion.families import BY_NAME, FAMILIES, Family, QueryGroupsInHalves
-from megatron_m1.conversion.foreign_config import REMOTE
 from megatron_m1.conversion.logits import our_logits, some_tokens, their_logits
+from megatron_m1.conversion.words import REMOTE
 from megatron_m1.data.tokenizer import train_bpe
 from megatron_m1.errors import InputError, StorageError
 from parallel.layout import Layout
@@ -63,7 +64,7 @@ def test_what_transformers_wrote_is_read_as_its_model(imported: Path, toy: Path)
     given = recognition.recognise(toy)
     # transformers' weight of the balancing loss, in our scale.
     assert given.model == replace(WHOLE, aux_loss_coef=0.001 * WHOLE.router_topk)
-    assert store.saved_model(imported) == given.model
+    assert saved_model(imported) == given.model
     assert given.family.name == "transformers"
 
 
@@ -198,7 +199,7 @@ def test_a_permuted_rotation_is_computed_right(
         for row, logits in zip(rows, ours, strict=True):
             torch.testing.assert_close(hf(row[None]).logits[0], logits, rtol=0, atol=1e-4)
     again = import_folder(folder, tmp_path / "again")
-    assert store.saved_model(again).rotary_dim == PARTIAL.rotary_dim
+    assert saved_model(again).rotary_dim == PARTIAL.rotary_dim
     assert_equal(parameters_of(again), parameters_of(partial))
 
 

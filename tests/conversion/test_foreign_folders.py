@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -24,7 +25,13 @@ from megatron_m1.conversion.safetensors_file import Form, SafetensorsWriter, rea
 from megatron_m1.errors import InputError
 from megatron_m1.model.config import ModelConfig
 from tests.conversion import released
-from tests.conversion.foreign import export_checkpoint, import_folder, tensors_of, write_toy
+from tests.conversion.foreign import (
+    export_checkpoint,
+    import_folder,
+    tensors_of,
+    transformers_model,
+    write_toy,
+)
 
 CONF = Path(__file__).resolve().parents[2] / "conf/model/m1_456b.yaml"
 INDEX = "model.safetensors.index.json"
@@ -170,6 +177,7 @@ def test_missing_and_truncated_shards_are_named(folder: Path) -> None:
     [
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "not where its header says"),
         ({"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}, "not where its header says"),
+        ({"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}, "not a whole number"),
         ({"dtype": "C64", "shape": [2], "data_offsets": [0, 16]}, "unknown dtype C64"),
         ({"dtype": "F32"}, "is not a safetensors file"),
         ([], "is not a safetensors file"),
@@ -195,11 +203,26 @@ def test_an_index_and_its_shards_must_agree(folder: Path) -> None:
     index = folder / INDEX
     before = index.read_text()
     change_json(index, lambda content: content["weight_map"].pop("lm_head.weight"))
-    assert "holds lm_head.weight, of which" in refusal(folder)
+    assert re.search("holds lm_head.weight, which .* does not put there", refusal(folder))
     index.write_text(before)
     shard = next(iter(json.loads(before)["weight_map"].values()))
     change_json(index, lambda content: content["weight_map"].update({"more": shard}))
     assert f"puts more into {shard}, which lacks it" in refusal(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    """The index names one of them, but the other may be the newer."""
+    placed = json.loads((folder / INDEX).read_text())["weight_map"]
+    first, second, *_ = sorted(set(placed.values()))
+    name = next(name for name, shard in placed.items() if shard == first)
+    twice = {**load_file(folder / second), name: load_file(folder / first)[name] + 1}
+    save_file(twice, folder / second)
+    assert f"{second} holds {name}, which {folder / INDEX} does not put there" in refusal(folder)
+
+
+def test_a_total_size_that_is_no_number_says_nothing(folder: Path) -> None:
+    change_json(folder / INDEX, lambda index: index["metadata"].update(total_size=float("nan")))
+    assert open_folder(folder).total_size is None
 
 
 def test_tensors_that_are_not_the_models_are_named(folder: Path) -> None:
@@ -273,14 +296,34 @@ def test_a_partial_rotation_that_the_native_class_would_not_do_is_refused(tmp_pa
         (folder / "config.json").write_text(before)
 
 
-def test_decays_of_another_model_are_refused(tmp_path: Path) -> None:
-    """transformers takes the slopes from the file, so a model may have been trained with others."""
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("slope_rate", lambda decay: decay * 2),
+        ("slope_rate", lambda decay: decay * float("nan")),
+        ("key_decay", lambda decay: decay.flip(1)),
+        ("diagonal_decay", lambda decay: decay.long()),
+    ],
+)
+def test_decays_of_another_model_are_refused(
+    kind: str, change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    """transformers takes them from the file, so a model may have been trained with others."""
     folder = write_toy(tmp_path / "toy")
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        changed = {n: t * 2 if n.endswith("slope_rate") else t for n, t in tensors.items()}
-        save_file(changed, file)
-    assert "slope_rate is not MiniMax's" in refusal(folder)
+        save_file({n: change(t) if n.endswith(kind) else t for n, t in tensors.items()}, file)
+    said = refusal(folder)
+    assert "3 of 12 stored decays are not MiniMax's" in said
+    assert f"model.layers.0.self_attn.{kind}" in said
+
+
+def test_decays_that_transformers_rounded_are_taken(tmp_path: Path) -> None:
+    """With a model in BF16, its class stores those in BF16 too."""
+    transformers_model().to(torch.bfloat16).save_pretrained(tmp_path / "toy")
+    given = recognition.recognise(tmp_path / "toy")
+    assert {given.folder.form(name).dtype for name in given.decays} == {torch.bfloat16}
+    assert given.problems() == []
 
 
 def test_no_code_is_copied(folder: Path, tmp_path: Path) -> None:
@@ -295,6 +338,9 @@ def test_no_code_is_copied(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_must_be_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder"):
         open_folder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="has neither model.safetensors.index.json"):
+        open_folder(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="config.json cannot be read"):
         open_folder(tmp_path)
     (tmp_path / "config.json").write_text("[]")

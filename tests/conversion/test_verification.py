@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,19 @@ from megatron_m1.conversion.inspection import inspect
 from megatron_m1.conversion.logits import compare_logits, some_tokens
 from megatron_m1.conversion.recognition import checkpoint_weights, recognise
 from megatron_m1.conversion.verification import Rung, Sides, climb
-from tests.conversion.foreign import export_checkpoint, import_folder, write_toy
+from parallel.layout import Layout
+from tests.conversion.foreign import (
+    export_checkpoint,
+    import_folder,
+    transformers_model,
+    write_toy,
+)
+
+
+@pytest.fixture(autouse=True)
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where logits are computed, this process is in its groups already."""
+    monkeypatch.setattr(logits, "_one_process", nullcontext)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +120,17 @@ def test_decays_of_another_model(imported: Path, tmp_path: Path) -> None:
     folder = export_checkpoint(imported, tmp_path / "native", "transformers")
     name = "model.layers.1.self_attn.slope_rate"
     change(folder, name, weight(folder, name) * 2)
-    assert "slope_rate is not MiniMax's" in ladder(imported, folder)["values"]
+    assert "1 of 12 stored decays are not MiniMax's" in ladder(imported, folder)["values"]
+
+
+def test_a_model_that_transformers_stored_in_bf16(single_process: Layout, tmp_path: Path) -> None:
+    """Rounded decays would give logits that neither side means."""
+    folder = tmp_path / "toy"
+    transformers_model().to(torch.bfloat16).save_pretrained(folder)
+    checkpoint = import_folder(folder, tmp_path / "checkpoint")
+    rung = top_rung(checkpoint, folder)
+    assert rung.outcome == "ok", rung
+    assert rung.text.endswith("with decays in FP32")
 
 
 def test_other_types(imported: Path, tmp_path: Path) -> None:
@@ -119,6 +142,30 @@ def test_other_types(imported: Path, tmp_path: Path) -> None:
         in (found["dtypes"])
     )
     assert found["values"].endswith("equal where rounded alike")
+
+
+@pytest.mark.parametrize("direction", ["narrower there", "wider there"])
+def test_logits_of_other_types(
+    direction: str, single_process: Layout, imported: Path, tmp_path: Path
+) -> None:
+    """Rounded alike, the same weights have the same logits."""
+    folder = export_checkpoint(imported, tmp_path / "bf16", "minimax_m1", "bf16")
+    checkpoint = imported
+    if direction == "wider there":
+        checkpoint = import_folder(folder, tmp_path / "checkpoint")
+        folder = export_checkpoint(imported, tmp_path / "fp32", "minimax_m1")
+    assert top_rung(checkpoint, folder).outcome == "ok"
+    name = "model.layers.2.self_attn.out_proj.weight"
+    change(folder, name, weight(folder, name).flip(0))
+    rung = top_rung(checkpoint, folder)
+    assert rung.outcome == "FAILED"
+    assert rung.text.endswith("of weights rounded alike")
+
+
+def top_rung(checkpoint: Path, folder: Path) -> Rung:
+    given = recognise(folder)
+    sides = Sides(checkpoint_weights(checkpoint), given.weights)
+    return compare_logits(sides, checkpoint, given, some_tokens(given.model))
 
 
 def test_inspection_of_both_sides(imported: Path, folder: Path) -> None:

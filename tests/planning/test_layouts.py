@@ -67,6 +67,17 @@ def test_a_configured_layout_is_judged_beside_the_search(plan_for: Make) -> None
     assert search(plan_for(*few)).configured is None
 
 
+def test_the_configured_layout_is_listed_once(plan_for: Make) -> None:
+    few = ["parallel=h800_m1", "plan.search.pp=[8]", "plan.search.ep=[8]"]
+    beside = search(plan_for(*few, "plan.search.tp=[4]"))
+    assert beside.to_list() == [*beside.found, beside.configured]
+    same = ["plan.search.tp=[8]", "plan.search.micro_batch=[1]", "plan.search.recompute=[full]"]
+    among = search(plan_for(*few, *same, "train.recompute=full", "train.micro_batch=1"))
+    assert among.to_list() == among.found
+    assert [among.is_configured(one) for one in among.found].count(True) == 1
+    assert not any(map(search(plan_for(*few[1:])).is_configured, among.found))
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -56,6 +56,22 @@ def test_weights_that_fill_a_node_take_two(plan_for: Make) -> None:
         rollout(config.model, plan_for("plan.nodes=1").plan, 1, 1024, 20_000)
 
 
+def test_a_group_is_the_fewest_nodes_that_hold_it(plan_for: Make) -> None:
+    """Any number of them: where the heads do not divide by the GPUs, the layers go over nodes."""
+    model = plan_for().model
+    tight = [f"plan.gpu_memory_gb={gb}" for gb in (45.9, 46.0)]
+    # 850 GiB and 80 layers over 3 nodes: the fullest has 27, of which each GPU has an eighth.
+    refused, held = (
+        fullest(model, plan_for("plan.nodes=3", gb).plan, 1024, 20_000) for gb in tight
+    )
+    assert refused is None
+    assert held is not None and held.gpus == 24
+    assert held.memory["weights"] == pytest.approx(27 / 80 / 8 * 2 * 456.0897e9, rel=0.01)
+    assert sum(held.memory.values()) <= 36 * GIB
+    many = fullest(model, plan_for("plan.nodes=64", tight[0]).plan, 1024, 20_000)
+    assert many is not None and many.gpus == 32
+
+
 def test_a_full_group_has_no_room_left(plan_for: Make) -> None:
     config = plan_for()
     full = fullest(config.model, config.plan, 1024, 20_000)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from megatron_m1.checkpoint import lease
+from megatron_m1.checkpoint import lease, manifest
 from megatron_m1.conversion import convert as converting
 from megatron_m1.conversion import logits, verification
 from megatron_m1.conversion.families import BY_NAME
 from megatron_m1.conversion.recognition import checkpoint_weights, recognise
 from megatron_m1.conversion.shards import DTYPES
-from megatron_m1.errors import EXIT_INPUT, EXIT_STORAGE
+from megatron_m1.errors import EXIT_INPUT, EXIT_STOPPED, EXIT_STORAGE
 from parallel.layout import Layout
 from tests.checkpoint.spoil import flip_bit
 from tests.conversion import released
@@ -153,6 +155,24 @@ def test_a_killed_conversion_goes_on(
     assert_equal(parameters_of(again), parameters_of(imported))
 
 
+def test_an_interrupted_conversion_says_so(toy: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal."""
+    words = ["import", "--hf", toy, "--out", tmp_path / "out", "--shard-size", "1KB"]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, words), "--workers", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    journal = tmp_path / "out.partial" / ".journal.jsonl"
+    wait_for(lambda: journal.exists() and len(journal.read_bytes().splitlines()) > 1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED
+    assert "convert_checkpoint: interrupted: the same command goes on with what is left\n" in said
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 120
     while not condition():
@@ -209,8 +229,74 @@ def test_errors_are_one_sentence(toy: Path, imported: Path, tmp_path: Path, call
         assert (code, out) == (EXIT_INPUT, "") and sentence in said
     code, _, said = call("export", "--ckpt", imported, "--hf", tmp_path / "a", "--like", outside)
     assert code == EXIT_INPUT and said.endswith("outside.jsonl is no folder\n")
+    code, _, said = call("inspect", outside)
+    assert code == EXIT_INPUT and "outside.jsonl is no folder: give a checkpoint" in said
     code, _, said = call("import", "--hf", toy)
     assert code == EXIT_INPUT and "--out is missing: give the folder to write" in said
+
+
+def test_the_wrong_way_round_is_told(toy: Path, imported: Path, tmp_path: Path, call: Call) -> None:
+    """What the folder is, and which command is meant."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/step_000001").symlink_to(imported)
+    out = tmp_path / "out"
+    foreign = f"{toy} is a folder of safetensors and no checkpoint of this project: make one of it"
+    for words in (("export", "--ckpt", toy, "--hf", out), ("verify", "--ckpt", toy, "--hf", toy)):
+        code, _, said = call(*words)
+        assert code == EXIT_INPUT
+        assert f"{foreign} by tools/convert_checkpoint.py import --hf {toy} --out CKPT" in said
+    for ours in (imported, run):
+        for words in (("import", "--out", out), ("verify", "--ckpt", imported)):
+            code, _, said = call(*words, "--hf", ours)
+            assert code == EXIT_INPUT
+            assert f"{ours} holds a checkpoint of this project and no safetensors" in said
+            assert f"convert_checkpoint.py export --ckpt {ours} --hf DIR" in said
+
+
+def test_what_is_unfinished_is_told(tmp_path: Path, call: Call) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".journal.jsonl").touch()
+    for words in (
+        ("inspect", partial),
+        ("import", "--hf", partial, "--out", tmp_path / "a"),
+        ("export", "--ckpt", partial, "--hf", tmp_path / "a"),
+    ):
+        code, _, said = call(*words)
+        assert code == EXIT_INPUT and "out.partial is of a conversion that is not finished" in said
+
+
+def test_keys_that_are_not_known_can_be_left_out(toy: Path, tmp_path: Path, call: Call) -> None:
+    folder = shutil.copytree(toy, tmp_path / "toy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "swirl": 3}))
+    code, _, said = call("inspect", folder)
+    assert code == EXIT_INPUT and "swirl=3 is not known" in said
+    code, told, _ = call("inspect", folder, "--ignore-config-keys", "swirl")
+    assert code == 0 and "problems    none" in told
+
+
+@pytest.mark.parametrize("command", ["import", "export", "verify", "inspect"])
+def test_help_has_an_example_and_explains_every_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert f"example: python tools/convert_checkpoint.py {command} " in " ".join(told.split())
+    parser = convert_checkpoint.command_line()
+    (chosen,) = [action.choices for action in parser._actions if action.choices]
+    assert all(action.help for action in chosen[command]._actions)
+
+
+def test_files_of_the_optimizer_alone_are_not_read(toy: Path, tmp_path: Path, done: Done) -> None:
+    checkpoint = import_folder(toy, tmp_path / "checkpoint")
+    files = manifest.read(checkpoint)
+    assert files is not None
+    files["__9_0.distcp"] = manifest.Entry(7, "0" * 64)
+    (checkpoint / "manifest.json").write_bytes(manifest.as_bytes(files))
+    done("export", "--ckpt", checkpoint, "--hf", tmp_path / "hf")
 
 
 def test_a_damaged_checkpoint_is_not_converted(toy: Path, tmp_path: Path, call: Call) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -54,6 +55,7 @@ def test_text_json_and_picture(tmp_path: Path) -> None:
     assert numbers["days_price"]["gpu_hours"] == 258_048
     layouts = numbers["layouts"]
     assert len(layouts) > 3
+    assert {(layout["fits"], layout["configured"]) for layout in layouts} == {(True, False)}
     assert layouts[0]["step_seconds"]["total"] <= layouts[-1]["step_seconds"]["total"]
     assert f"{layouts[0]['step_seconds']['total']:.2f}" in done.stdout
     assert (tmp_path / "plan.png").stat().st_size > 20_000
@@ -87,15 +89,31 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     )
 
 
-def test_a_cluster_that_is_too_small_is_said() -> None:
+def test_a_cluster_that_is_too_small_is_said(tmp_path: Path) -> None:
     done = plan("plan.nodes=4", *FEW)
     assert done.returncode == 0
     assert re.search(
         r"# 0 of \d+ combinations fit; the smallest needs \d+.\d GiB: give more nodes", done.stdout
     )
     assert "# price" not in done.stdout
-    fixed = plan("plan.nodes=8", "plan.search.enabled=false", "parallel=h800_m1")
+    json_file = ["--json", f"{tmp_path}/plan.json"]
+    fixed = plan("plan.nodes=8", "plan.search.enabled=false", "parallel=h800_m1", *json_file)
     assert "# the layout that is configured does not fit" in fixed.stdout
+    (layout,) = json.loads((tmp_path / "plan.json").read_text())["layouts"]
+    assert (layout["fits"], layout["configured"]) == (False, True)
+
+
+def test_who_stops_reading_sees_no_traceback() -> None:
+    shell = f"{sys.executable} tools/plan.py {shlex.join(FEW)} | head -1"
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("# model\n", "")
+
+
+def test_help_has_an_example_and_explains_every_option() -> None:
+    told = " ".join(plan("--help").stdout.split())
+    assert "python tools/plan.py model=m1_456b" in told
+    for words in ("model=m1_1b, plan.nodes=4", "write every number", "draw what length costs"):
+        assert words in told
 
 
 def keys(schema: Any, prefix: str) -> list[str]:
