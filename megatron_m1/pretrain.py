@@ -29,11 +29,13 @@ def pretrain(config: RunConfig) -> Run:
     from megatron_m1.training.callbacks.defaults import default_callbacks
     from megatron_m1.training.loop import train
     from megatron_m1.training.run import build_run
+    from megatron_m1.training.watchdog import watched
 
     run = build_run(config)
     if begin(run):
         try:
-            train(run, default_callbacks(run))
+            with watched(run, config.train.watchdog_seconds):
+                train(run, default_callbacks(run))
         finally:
             run.sinks.close()
     return run

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_m1.cluster.config import Cluster, SubmitConfig
 from megatron_m1.cluster.programs import Work
-from megatron_m1.errors import EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_USAGE
+from megatron_m1.errors import EXIT_HANG, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("torchrun", "srun")
@@ -73,6 +73,7 @@ def render(job: Job) -> str:
         environment={k: v for k, v in cluster.environment.items() if v is not None},
         srun_options=list(srun_options(cluster)),
         stopped=EXIT_STOPPED,
+        hung=EXIT_HANG,
         hopeless=_HOPELESS,
     )
 

@@ -24,14 +24,16 @@ _EDGE_BYTES = 1 << 16
 
 
 class IndexedTokens:
-    """The documents under `prefix`, memory-mapped: only what is read comes into memory.
+    """The documents under `prefix`; only what is read comes into memory. The tokens are not mapped
+    as the index is: where a mapped file is cut short, the system kills who reads it.
 
     name         the prefix's last part, for messages
     lengths      [documents] int64, tokens in each
     fingerprint  sha256 of the lengths and of both ends of the tokens; a moved file keeps its own
 
     With `vocab_size`, reading a token outside the vocabulary raises ValueError.
-    Raises FileNotFoundError for a missing file, ValueError for a damaged or empty pair.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or empty pair, and when
+    read OSError or ValueError for tokens that are no longer there.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
@@ -45,6 +47,7 @@ class IndexedTokens:
         self.lengths = np.diff(first_token[self._dataset.document_indices])
         self._check_bin_size(int(first_token[-1]))
         self.fingerprint = self._fingerprint()
+        self._bin = open(f"{prefix}.bin", "rb", buffering=0)  # noqa: SIM115
 
     def __len__(self) -> int:
         """Documents."""
@@ -58,11 +61,20 @@ class IndexedTokens:
         """Tokens [start, stop) of a document: [stop - start] int64."""
         if stop <= start:
             return np.empty(0, dtype=np.int64)
+        index = self._dataset.index
+        size = np.dtype(index.dtype).itemsize
         # Megatron writes a document's sequences one after the other, so one read spans them.
-        tokens = self._dataset.get(int(self._first_sequence[document]), start, stop - start)
+        first = int(index.sequence_pointers[self._first_sequence[document]]) + start * size
+        data = os.pread(self._bin.fileno(), (stop - start) * size, first)
+        if len(data) < (stop - start) * size:
+            raise ValueError(
+                f"{self.prefix}.bin, document {document}, ends early: the file was cut short while "
+                "it was read; write the pair again"
+            )
+        tokens = np.frombuffer(data, index.dtype)
         if self._vocab_size is not None:
             check_vocabulary(tokens, self._vocab_size, f"{self.prefix}.bin, document {document},")
-        return tokens.astype(np.int64)  # a copy: Megatron unmaps the file under a view's feet
+        return tokens.astype(np.int64)
 
     def _check_bin_is_there(self) -> None:
         path = Path(f"{self.prefix}.bin")

@@ -65,6 +65,14 @@ class Tokenizer:
         """Of everything that defines the tokenizer."""
         return sha256(self._backend.to_str().encode()).hexdigest()
 
+    def is_written_in(self, content: bytes) -> bool:
+        """Whether a tokenizer.json with this content is this tokenizer."""
+        try:
+            other = tokenizers.Tokenizer.from_buffer(content)
+        except Exception:  # the library raises a bare Exception
+            return False
+        return other.to_str() == self._backend.to_str()
+
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
         """Token ids of a text. Without `parse_special`, a text that spells a special token gets
         that spelling's ordinary tokens: what documents and users write cannot end a document."""

@@ -25,6 +25,7 @@ _BF16_PEAK = {"H800": 989.4e12, "H100": 989.4e12, "H200": 989.4e12, "A800": 312e
 def step_metrics(run: Run, result: StepResult, seconds: float) -> Metrics:
     """The record of one step, the same on every process. Collective."""
     tokens_per_second = result.tokens / seconds
+    spent = run.sections.take()
     flops = run.config.model.flops_per_token(mean_document_length(result.rows))
     metrics: Metrics = {
         "train/step": run.progress.step,
@@ -33,11 +34,15 @@ def step_metrics(run: Run, result: StepResult, seconds: float) -> Metrics:
         "train/samples": run.reader.consumed,
         "optim/lr": result.learning_rate,
         "optim/grad_norm": result.grad_norm,
+        "optim/skipped": run.progress.skipped,
         "perf/tokens_per_s": tokens_per_second,
         "perf/tflops": tokens_per_second * flops / dist.get_world_size() / 1e12,
         "perf/peak_mem_gib": peak_memory() / 2**30,
         "time/step": seconds,
-        "time/data": result.data_seconds,
+        "time/data": spent["data"],
+        "time/forward_backward": spent["forward_backward"],
+        "time/reduce": spent["reduce"],
+        "time/optimizer": spent["optimizer"],
         **cut_balance(result.rows),
         **_router_losses(run, len(result.rows)),
         **expert_load(run),

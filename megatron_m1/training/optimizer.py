@@ -11,6 +11,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import nn
 
 from megatron_m1.config import OptimConfig
@@ -56,7 +57,29 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The L2 norm of the whole gradient; makes it ready for ``clip_and_update``. Collective."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def clip_and_update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """The second half of Megatron's step, which is left out where the gradient is not finite: it
+    would write that into weights and moments."""
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+
+
 def set_clip(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip the gradient to this norm from the coming step on; 0 does not clip."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         part.config.clip_grad = norm
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])

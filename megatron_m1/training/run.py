@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from megatron.core.rerun_state_machine import RerunStateMachine
 
 from megatron_m1.config import RunConfig
 from megatron_m1.data.reader import Reader
 from megatron_m1.data.sources import Corpus, open_corpus
-from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.training import phases
-from megatron_m1.training.state import Training, build_model
+from megatron_m1.training.rerun import rerun_machine
+from megatron_m1.training.state import Progress, Training, build_model
 
 
 @dataclass
@@ -20,14 +22,15 @@ class Run(Training):
     config: RunConfig
     corpus: Corpus
     total_tokens: int
+    rerun: RerunStateMachine = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rerun = rerun_machine(self.config.train.rerun)
 
     @property
     def reader(self) -> Reader:
         return self.corpus.train
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self.corpus.tokenizer
 
     @property
     def total_steps(self) -> int:
@@ -44,16 +47,13 @@ class Run(Training):
         return {"progress": asdict(self.progress), "reader": self.reader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.progress.step = state["progress"]["step"]
-        self.progress.tokens = state["progress"]["tokens"]
+        self.progress = Progress(**state["progress"])
         self.reader.load_state_dict(state["reader"])
 
 
 def build_run(config: RunConfig) -> Run:
     """Model, optimizer and data of a run, over Megatron's initialised groups."""
-    return Run(
-        config,
-        *build_model(config, config.train),
-        open_corpus(config.data, config.model.vocab_size, config.train, config.seed),
-        phases.total_tokens(config.train),
-    )
+    model = build_model(config, config.train)
+    corpus = open_corpus(config.data, config.model.vocab_size, config.train, config.seed)
+    tokens = phases.total_tokens(config.train)
+    return Run(config, *model, corpus, tokens, tokenizer=corpus.tokenizer)

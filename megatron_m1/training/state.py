@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_m1.model.build import build_chunks, wrap_for_training
 from megatron_m1.model.transformer_config import transformer_config
 from megatron_m1.observe.sinks import FanOut, open_sinks
 from megatron_m1.training.optimizer import build_optimizer
+from megatron_m1.training.sections import Sections
 
 
 @dataclass
@@ -30,22 +32,45 @@ class Progress:
     Attributes:
         step: finished steps: of the optimizer in pretraining, rollout batches in RL.
         tokens: positions of the rows they read, or in RL tokens of the responses trained on.
+        skipped: steps that left the weights as they were, for want of a finite loss and gradient.
+        skipped_in_a_row: of those, the last ones.
+        rollbacks: how often a spike of the loss took the run back.
     """
 
     step: int = 0
     tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+
+    def count(self, is_finite: bool) -> None:
+        """Whether the last step had a finite loss and gradient."""
+        self.skipped += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
 
 
 @dataclass
 class Training(ABC):
-    """A model in training."""
+    """A model in training.
+
+    Attributes:
+        tokenizer: what the data was written with, where that is known.
+        beside: on the first process, files that every checkpoint keeps from where the run began
+            (``checkpoint.beside``).
+    """
 
     config: CommonConfig
     transformer: TransformerConfig
     chunks: list[nn.Module]
     optimizer: MegatronOptimizer
+    tokenizer: Tokenizer | None = field(default=None, kw_only=True)
     progress: Progress = field(default_factory=Progress, kw_only=True)
+    beside: dict[str, bytes] = field(default_factory=dict, kw_only=True)
     sinks: FanOut = field(default_factory=lambda: FanOut([]), kw_only=True)
+    sections: Sections = field(default_factory=Sections, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.transformer.finalize_model_grads_func = _reduction(self.sections)
 
     @property
     def dir(self) -> Path:
@@ -54,11 +79,6 @@ class Training(ABC):
     @property
     def checkpoint_dir(self) -> Path:
         return self.config.checkpoint_dir
-
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Tokenizer | None:
-        """What the data was written with, where that is known."""
 
     @property
     @abstractmethod
@@ -121,10 +141,20 @@ def connect_schedule(transformer: TransformerConfig, chunks: list[Any]) -> None:
     tie model and optimizer to each other through C++, where no garbage collector sees it: process
     groups of an ended run would keep their threads.
     """
-    transformer.finalize_model_grads_func = finalize_model_grads
     if chunks[0].ddp_config.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+
+def _reduction(sections: Sections) -> Callable[..., None]:
+    """Megatron's end of a backward pass, as a section. Of the run it may know no more: model and
+    optimizer would be tied to each other again."""
+
+    def reduce(*args: Any, **kwargs: Any) -> None:
+        with sections.within("reduce"):
+            finalize_model_grads(*args, **kwargs)
+
+    return reduce
 
 
 def data_rank() -> tuple[int, int]:

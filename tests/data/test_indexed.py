@@ -44,6 +44,20 @@ def test_tokens_outlive_the_file_they_are_from(prefix):
     assert document.tolist() == DOCUMENTS[3]
 
 
+def test_a_file_that_is_cut_short_while_it_is_read(prefix):
+    tokens = IndexedTokens(prefix)
+    os.truncate(f"{prefix}.bin", 10)
+    assert tokens.document(0).tolist() == DOCUMENTS[0]
+    with pytest.raises(ValueError, match="document 3, ends early: the file was cut short while"):
+        tokens.document(3)
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_still_there(prefix):
+    tokens = IndexedTokens(prefix)
+    os.remove(f"{prefix}.bin")
+    assert tokens.document(3).tolist() == DOCUMENTS[3]
+
+
 @pytest.mark.parametrize("vocab_size, width", [(65_000, 2), (200_064, 4)])
 def test_tokens_are_stored_as_small_as_the_vocabulary_allows(tmp_path, vocab_size, width):
     with IndexedWriter(tmp_path / "pair", vocab_size) as writer:

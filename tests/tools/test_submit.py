@@ -14,7 +14,7 @@ import pytest
 from megatron_m1.cluster.programs import PROGRAMS
 from megatron_m1.cluster.script import LAUNCHERS
 from megatron_m1.config_loading import CONF
-from megatron_m1.errors import EXIT_INPUT, EXIT_USAGE
+from megatron_m1.errors import EXIT_HANG, EXIT_INPUT, EXIT_STOPPED, EXIT_USAGE
 from tests.docs.test_docs import commands
 from tools import submit
 
@@ -227,3 +227,30 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
 def test_the_pages_commands_make_jobs(words: list[str], shown: Shown) -> None:
     assert "#!/bin/bash" in shown(*[word for word in words if word != "--dry-run"])
+
+
+STUBS = """
+say() { echo "$*"; }
+step() { echo "step: ${*: -2}"; }
+squeue() { echo RUNNING; }
+scontrol() { echo "scontrol $*"; }
+SLURM_JOB_ID=7 M1_PYTHON=python M1_ATTEMPT=attempt restarts=0
+"""
+
+
+def ended(script: str, code: int) -> list[str]:
+    """What a job says and does when its program ends with a code."""
+    body = script[script.index("ending() {") : script.index('say "pretrain on')]
+    done = subprocess.run(
+        ["bash", "-c", f"{STUBS}\n{body}\nending {code}"], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    return done.stdout.splitlines()
+
+
+def test_a_hang_names_its_failure_and_is_queued_again(shown: Shown) -> None:
+    script = shown("cluster=local", "model=tiny")
+    summary = "step: megatron_m1.cluster.failures attempt"
+    assert ended(script, EXIT_HANG) == [summary, "hung: queued again", "scontrol requeue 7"]
+    assert ended(script, EXIT_STOPPED) == ["stopped and saved: queued again", "scontrol requeue 7"]
+    assert ended(script, 1) == ["failed with exit code 1", summary]

@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from megatron_m1.model.build import unwrap
+from megatron_m1.training.step import train_step
 from parallel.layout import Layout
 from tests.distributed import Pool
-from tests.training.small_run import curve, small_config, write_data
+from tests.training.small_run import curve, small_config, start, write_data
 
 LAYOUTS = {
     "ep2": (2, Layout(ep=2)),
@@ -43,3 +46,25 @@ def test_combined_schedule_changes_nothing(
     size, layout = LAYOUTS[name]
     for plain, combined in ranks(size).run(curves, prefix, layout):
         assert combined == plain
+
+
+def kept_graphs(prefix: str, layout: Layout) -> list[str]:
+    """What the dispatchers of the experts hold of a graph after a step."""
+    config = small_config("unused", prefix, parallel=layout)
+    run = start(replace(config, train=replace(config.train, precision="bf16", global_batch=8)))
+    train_step(run)
+    layers = [layer for chunk in run.chunks for layer in unwrap(chunk).decoder.layers]
+    return [
+        name
+        for layer in layers
+        for name, value in vars(layer.mlp.token_dispatcher).items()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    ]
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_no_graph_outlives_its_step(
+    combined: bool, ranks: Callable[[int], Pool], prefix: str
+) -> None:
+    layout = Layout(ep=2, overlap_moe_expert_parallel_comm=combined)
+    assert ranks(2).run(kept_graphs, prefix, layout) == [[], []]

@@ -58,9 +58,7 @@ def assert_same_gradients(results: list[dict[str, Any]], one: dict[str, Any]) ->
         torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 
-@pytest.mark.parametrize(
-    "name", ["cp2", "cp2_zigzag", "cp4", "cp2_pp2", "cp2_tp2", "cp2_ep2", "cp4_ep2"]
-)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("cp")])
 def test_gradients_are_those_of_one_process(
     name: str, ranks: Callable[[int], Pool], prefix: str, one_process: dict[str, Any]
 ) -> None:

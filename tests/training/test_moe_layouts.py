@@ -7,10 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from megatron_m1.training.step import train_step
 from parallel.layout import Layout
+from parallel.packing import PackedRow
 from tests.distributed import Pool
-from tests.training.small_run import LAYOUTS, MODEL, small_config, start, write_data
+from tests.training.small_run import (
+    LAYOUTS,
+    MODEL,
+    small_config,
+    start,
+    weight_parts,
+    whole_weights,
+    write_data,
+)
 
 # Coefficients far above those of training, so that the losses make most of the gradient.
 CASES: dict[str, dict[str, Any]] = {
@@ -33,7 +45,6 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 def curves(prefix: str, layout: Layout) -> dict[str, list[float]]:
     """The watched metrics of three steps, one list for each case."""
     from megatron_m1.training.metrics import step_metrics
-    from megatron_m1.training.step import train_step
 
     found: dict[str, list[float]] = {}
     for case, model in CASES.items():
@@ -71,3 +82,37 @@ def test_the_cases_are_told_apart(one_process: dict[str, list[float]]) -> None:
     assert one_process["losses"][4] == 0
     assert one_process["probs"][3] > 0.15
     assert one_process["probs"] != one_process["position"]
+
+
+def summed_gradients(prefix: str, rows: list[PackedRow]) -> dict[str, Tensor]:
+    """Gradients of one step with a micro-batch for each row, times its trained tokens."""
+    model = replace(MODEL, **CASES["losses"])
+    config = small_config("unused", prefix, model=model)
+    optim = replace(config.optim, distributed=False, clip_grad=0.0)
+    train = replace(config.train, global_batch=len(rows))
+    run = start(replace(config, optim=optim, train=train))
+    run.reader.sample = lambda index: rows[index]  # type: ignore[method-assign]
+    train_step(run)
+    tokens = sum(row.loss_mask.sum() for row in rows)
+    parts = weight_parts(run, lambda weight: weight.main_grad * tokens)
+    return whole_weights([{"weights": parts}])
+
+
+def accumulated_and_alone(prefix: str) -> list[dict[str, Tensor]]:
+    """Gradients of three rows in one step, and of a step for each of them."""
+    documents = torch.randint(MODEL.vocab_size, (3, 64), generator=torch.manual_seed(0))
+    rows = [
+        PackedRow.from_documents([document[:length]], pad_to=64)
+        for document, length in zip(documents, (64, 20, 5), strict=True)
+    ]
+    return [summed_gradients(prefix, some) for some in (rows, *([row] for row in rows))]
+
+
+def test_gradients_of_the_losses_add_up_over_micro_batches(
+    ranks: Callable[[int], Pool], prefix: str
+) -> None:
+    ((together, *alone),) = ranks(1).run(accumulated_and_alone, prefix)
+    for name, gradient in together.items():
+        expected = torch.stack([one[name] for one in alone]).sum(dim=0)
+        atol = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=atol, msg=name)

@@ -24,6 +24,10 @@ class FanOut:
     def __init__(self, sinks: Iterable[Sink]) -> None:
         self._sinks = list(sinks)
 
+    def add(self, sink: Sink) -> None:
+        """From here on it gets everything too."""
+        self._sinks.append(sink)
+
     def log(self, step: int, metrics: Metrics) -> None:
         self._each(lambda sink: sink.log(step, metrics))
 

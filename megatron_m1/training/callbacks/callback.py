@@ -13,6 +13,9 @@ RunT = TypeVar("RunT", bound=Training, contravariant=True)
 class Callback(Generic[RunT]):
     """A part beside the steps. Every process calls every callback, so they may communicate."""
 
+    def before_step(self, run: RunT) -> None:
+        """Before a step reads its rows."""
+
     def on_step(self, run: RunT, metrics: Metrics) -> None:
         """After a step, before its record is written; may add to ``metrics``."""
 

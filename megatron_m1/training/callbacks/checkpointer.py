@@ -41,6 +41,10 @@ class Checkpointer(Callback[Training]):
             metrics["time/save"] = time.perf_counter() - started
 
     def on_stop(self, run: Training) -> None:
+        self.finish(run)
+
+    def finish(self, run: Training) -> None:
+        """Wait for the save on its way. Whether it succeeds changes nothing for who asks."""
         with self._told(run, is_fatal=False):
             self._finish(run)
 
@@ -80,7 +84,8 @@ class Checkpointer(Callback[Training]):
         """Raise a failed save or only tell of it, as ``checkpoint.on_error`` says or as told here.
         All processes have the same error."""
         try:
-            yield
+            with run.sections.within("save"):
+                yield
         except StorageError as error:
             if self.config.on_error == "stop" if is_fatal is None else is_fatal:
                 raise

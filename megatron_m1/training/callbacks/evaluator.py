@@ -20,6 +20,7 @@ class Evaluator(Callback[Run]):
     def on_step(self, run: Run, metrics: Metrics) -> None:
         if run.progress.step % self.every == 0 or run.finished:
             assert run.corpus.valid is not None
-            loss = evaluate(run, read_rows(run, run.corpus.valid, 0, self.rows))
+            with run.sections.within("evaluation"):
+                loss = evaluate(run, read_rows(run, run.corpus.valid, 0, self.rows))
             metrics["val/loss"] = loss
             metrics["val/ppl"] = math.exp(min(loss, 700))
