@@ -142,7 +142,7 @@ def step_by_piece(network: nn.Module, prompts: Tensor) -> dict[str, float]:
 
     sampling = SamplingParams(temperature=0, max_new_tokens=32)
     sequences = [Sequence(tuple(row), sampling) for row in prompts.tolist()]
-    generation = Generation(Generator([network], slots=len(prompts)), sequences)
+    generation = Generation.of(Generator([network], slots=len(prompts)), sequences)
     while not generation.is_decoding:
         generation.step()
     steps = 10

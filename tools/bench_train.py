@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from torch import Tensor
 from megatron_m1.config import OptimConfig
 from megatron_m1.model.config import ModelConfig
 from parallel import host
+from tools.machine import processor
 from tools.memory import peak_bytes
 
 SEED = 1
@@ -196,13 +196,6 @@ def print_pair(mine: Measurement, hf: Measurement) -> None:
     total = sum(mine.pieces.values())
     for piece, seconds in mine.pieces.items():
         print(f"  {piece:22}{seconds:8.3f} s{100 * seconds / total:6.1f} %")
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

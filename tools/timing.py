@@ -30,16 +30,16 @@ def rounds(
     calls: Mapping[str, Call],
     device: torch.device,
     seconds: float,
-    too_large: tuple[type[Exception], ...] = (torch.OutOfMemoryError,),
+    refused: tuple[type[Exception], ...] = (torch.OutOfMemoryError,),
 ) -> dict[str, list[float]]:
     """The seconds of each call, made in turns for about `seconds` each: at least three times, after
-    one that warms up. A call that raises an error of `too_large` is named and left out."""
+    one that warms up. A call that raises an error of `refused` is named and left out."""
     found: dict[str, list[float]] = {}
     for name, call in calls.items():
         try:
             call()
             found[name] = []
-        except too_large as error:
+        except refused as error:
             print(f"  {name}: {type(error).__name__}")
     spent, turns = 0.0, 0
     while found and (spent < seconds * len(found) or turns < 3):

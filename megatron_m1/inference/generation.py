@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
@@ -96,7 +97,7 @@ class Generator:
             ValueError: a sequence without a prompt, or with tokens that the model does not have.
             NotFinite: the model's logits are not numbers.
         """
-        generation = Generation(self, sequences)
+        generation = Generation.of(self, sequences)
         finished = 0
         while generation.unfinished and (stop_after is None or finished < stop_after):
             for ended in generation.step():
@@ -106,7 +107,7 @@ class Generator:
 
     def tokens(self, sequence: Sequence) -> Iterator[int]:
         """The tokens of one response as they are drawn."""
-        generation = Generation(self, [sequence])
+        generation = Generation.of(self, [sequence])
         given = 0
         while generation.unfinished:
             ended = generation.step()
@@ -121,25 +122,24 @@ class Generator:
 
 
 class Generation:
-    """One call's sequences on their way through the slots.
+    """Sequences on their way through the slots.
+
+    Args:
+        slots: of each rank.
+        places: tokens of prompt and response that a slot has room for.
 
     Attributes:
         unfinished: numbers of the sequences that are not finished.
     """
 
-    def __init__(self, generator: Generator, sequences: Listed[Sequence]) -> None:
-        self._generator, self._sequences = generator, sequences
+    def __init__(self, generator: Generator, slots: int, places: int) -> None:
+        self._generator = generator
+        self._sequences: dict[int, Sequence] = {}
         model = unwrap(generator.chunks[0])
-        for number, sequence in enumerate(sequences):
-            _check(number, sequence, model.vocab_size, generator.tokenizer)
         for chunk in generator.chunks:
             chunk.eval()
         self._ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         self._rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        # Never more slots than sequences: a rank's share of them.
-        slots = min(generator.slots, -(-len(sequences) // self._ranks))
-        places = max((len(s.prompt) + s.sampling.max_new_tokens for s in sequences), default=1)
-        places = max([places, *(len(s.tokens) + 1 for s in sequences)])
         self._slots = Slots(self._ranks, slots, places, generator.stop_token, generator.tokenizer)
         layers = [unwrap(chunk).decoder.layers for chunk in generator.chunks]
         self._cache = Cache.of(itertools.chain(*layers), slots, places)
@@ -147,8 +147,44 @@ class Generation:
         if generator.record_experts:
             shape = slots, places, model.config.num_layers, model.config.moe_router_topk
             self._experts = torch.zeros(shape, dtype=torch.int16)
-        self._waiting = list(range(len(sequences)))[::-1]
-        self.unfinished = set(self._waiting)
+        self._waiting: deque[int] = deque()
+        self._numbers = itertools.count()
+        self.unfinished: set[int] = set()
+
+    @classmethod
+    def of(cls, generator: Generator, sequences: Listed[Sequence]) -> Generation:
+        """One that has room for these, and numbers them from 0.
+
+        Raises:
+            ValueError: one that cannot be continued.
+        """
+        vocabulary = unwrap(generator.chunks[0]).vocab_size
+        for number, sequence in enumerate(sequences):
+            _check(number, sequence, vocabulary, generator.tokenizer)
+        # Never more slots than sequences: a rank's share of them.
+        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        slots = min(generator.slots, -(-len(sequences) // ranks))
+        places = max((len(s.prompt) + s.sampling.max_new_tokens for s in sequences), default=1)
+        generation = cls(generator, slots, max([places, *(len(s.tokens) + 1 for s in sequences)]))
+        for sequence in sequences:
+            generation.add(sequence)
+        return generation
+
+    def add(self, sequence: Sequence) -> int:
+        """Let a sequence wait for a slot; returns its number."""
+        number = next(self._numbers)
+        self._sequences[number] = sequence
+        self._waiting.append(number)
+        self.unfinished.add(number)
+        return number
+
+    def drop(self, number: int) -> None:
+        """Forget an unfinished sequence; its slot becomes free."""
+        self._forget(number)
+        if number in self._waiting:
+            self._waiting.remove(number)
+        for slot in np.flatnonzero(self._slots.owner == number):
+            self._slots.release(int(slot))
 
     @torch.no_grad()
     def step(self) -> list[Finished]:
@@ -198,18 +234,18 @@ class Generation:
         """Give free slots to those who wait, first come, first served."""
         ended = []
         while self._waiting:
-            number = self._waiting[-1]
+            number = self._waiting[0]
             sequence = self._sequences[number]
             begun = sequence.begun
             if begun and len(begun.tokens) >= sequence.sampling.max_new_tokens:
-                self._waiting.pop()
-                self.unfinished.discard(number)
+                self._waiting.popleft()
+                self._forget(number)
                 ended.append((number, replace(begun, finish="length")))
                 continue
             slot, paused = self._place(sequence)
             if slot is None:
                 break
-            self._waiting.pop()
+            self._waiting.popleft()
             self._slots.take(slot, number, sequence, len(paused.tokens) - 1 if paused else 0)
             if slot // self._slots.per_rank == self._rank:
                 self._fill(slot % self._slots.per_rank, paused)
@@ -359,13 +395,16 @@ class Generation:
 
     def _ended(self, slot: int, finish: str) -> Finished:
         number = int(self._slots.owner[slot])
-        self.unfinished.discard(number)
-        begun = self._sequences[number].begun
+        begun = self._forget(number).begun
         version = self._generator.version
         continuation = self._slots.continuation(slot, finish, begun, version)
         if self._experts is not None:
             continuation.experts = self._gathered(slot, begun)
         return number, continuation
+
+    def _forget(self, number: int) -> Sequence:
+        self.unfinished.discard(number)
+        return self._sequences.pop(number)
 
     def _gathered(self, slot: int, begun: Continuation | None) -> Tensor:
         """The experts of a sequence's tokens, each known to one process. Collective."""

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_m1.checkpoint import agreement
 from megatron_m1.data.tokenizer import Tokenizer
-from megatron_m1.errors import StorageError
 from megatron_m1.rl.config import RLConfig
-from megatron_m1.rl.groups import Group, reward_values, with_reward
-from megatron_m1.rl.journal import Journal, Key
+from megatron_m1.rl.groups import Group
 from megatron_m1.rl.prompts import Prompts
-from megatron_m1.rl.rollout.engine import Engine, Request, SamplingParams
+from megatron_m1.rl.recording import Judge, Record, Share, key_of
+from megatron_m1.rl.rollout.engine import Request, SamplingParams
 from megatron_m1.rl.samples import Prompt, Response, Scored
 
-Judge = Callable[[Prompt, Response], Future[Scored]]
-"""Begins to judge a response; asked on the first process only, as soon as the response ends."""
+Draw = Callable[[Sequence[Request]], Iterator[Response]]
+"""Responses to the requests, as they finish."""
 
 
 @dataclass
@@ -29,24 +27,34 @@ class Batch:
 
     Attributes:
         groups: to train on, in the order of their prompts.
+        window: tokens that its responses may have.
+        next_prompt: position of the first prompt that no group was begun for.
         judged: every response that was judged in this step, those left out too, with its prompt.
         without_spread: groups left out since their rewards are all the same.
         paused: responses that go on in the next step.
         drawn: tokens that were generated for it, by this run of the program.
         rollout_seconds, reward_seconds: time spent.
+        held_seconds: time that it waited for newer weights before it was begun.
     """
 
+    window: int
     groups: list[Group] = field(default_factory=list)
+    next_prompt: int = 0
     judged: list[tuple[Prompt, Scored]] = field(default_factory=list)
     without_spread: int = 0
     paused: int = 0
     drawn: int = 0
     rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
+    held_seconds: float = 0.0
 
 
 class Collector:
     """Fills batches. Every process has one, and all see the same responses and rewards.
+
+    Args:
+        draw: collective where ``share`` is.
+        share: the default is collective; ``alone`` is for one process that collects by itself.
 
     Attributes:
         next_prompt: position of the first prompt that no group was begun for.
@@ -57,30 +65,31 @@ class Collector:
         self,
         prompts: Prompts,
         tokenizer: Tokenizer,
-        engine: Engine,
+        draw: Draw,
         judge: Judge,
         config: RLConfig,
         folder: Path,
         fingerprint: str,
+        share: Share = agreement.on_first,
     ) -> None:
-        self.prompts, self.tokenizer, self.engine, self.judge = prompts, tokenizer, engine, judge
-        self.config = config
+        self.prompts, self.tokenizer, self.draw, self.judge = prompts, tokenizer, draw, judge
+        self.config, self.share = config, share
         self.folder, self.fingerprint = folder, fingerprint
         self.next_prompt = 0
         self.waiting: dict[int, Group] = {}
 
     def collect(self, step: int, window: int) -> Batch:
-        """The batch of the step that follows ``step`` finished ones. Collective.
+        """The batch of the step that follows ``step`` finished ones. Collective where ``share`` is.
 
         Args:
             window: tokens that a response may have.
         """
-        batch = Batch()
-        with _Record(self.folder, step + 1, self.fingerprint, self.judge) as record:
+        batch = Batch(window)
+        with self._record(step + 1) as record:
             for refill in range(self.config.rl.refills):
                 self._begin_groups()
                 carried = list(self.waiting.values()) if refill == 0 else self._untouched()
-                self._generate(carried, window, record, batch)
+                self._generate(carried, record, batch)
                 self._judge(record, batch)
                 if not self._missing():
                     break
@@ -88,6 +97,7 @@ class Collector:
         chosen = ready[: self.config.rl.prompts_per_batch]
         batch.groups = [self.waiting.pop(prompt) for prompt in chosen]
         batch.paused = sum(len(group.unfinished) for group in self.waiting.values())
+        batch.next_prompt = self.next_prompt
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +110,9 @@ class Collector:
         self.waiting = {}
         for values in state["waiting"]:
             self._open(values["prompt"]).load_state_dict(values)
+
+    def _record(self, step: int) -> Record:
+        return Record(self.folder, step, self.fingerprint, self.judge, self.share)
 
     def _missing(self) -> int:
         """Groups that the batch lacks."""
@@ -124,24 +137,25 @@ class Collector:
         self.waiting[index] = group
         return group
 
-    def _generate(self, groups: list[Group], window: int, record: _Record, batch: Batch) -> None:
+    def _generate(self, groups: list[Group], record: Record, batch: Batch) -> None:
         started = time.perf_counter()
         requests = [
-            self._request(group, index, window)
+            self._request(group, index, batch.window)
             for group in groups
             if not group.scored
             for index in group.unfinished
         ]
         for response in record.completed(requests):
             self._take(response)
-        missing = [request for request in requests if _key(request) not in record.responses]
-        before = {_key(request): len(request.begun.tokens) for request in missing if request.begun}
-        for response in self.engine.generate(missing) if missing else ():
-            ended = _paused_at(response, window)
+        missing = [request for request in requests if key_of(request) not in record.responses]
+        before = {
+            key_of(request): len(request.begun.tokens) for request in missing if request.begun
+        }
+        for response in self.draw(missing) if missing else ():
+            ended = _paused_at(response, batch.window)
             record.add_response(self.waiting[ended.prompt_id].prompt, ended)
             self._take(ended)
-            key = ended.prompt_id, ended.index
-            batch.drawn += len(ended.tokens) - before.get(key, 0)
+            batch.drawn += len(ended.tokens) - before.get(key_of(ended), 0)
         batch.rollout_seconds += time.perf_counter() - started
 
     def _request(self, group: Group, index: int, window: int) -> Request:
@@ -165,89 +179,19 @@ class Collector:
     def _take(self, response: Response) -> None:
         self.waiting[response.prompt_id].responses[response.index] = response
 
-    def _judge(self, record: _Record, batch: Batch) -> None:
+    def _judge(self, record: Record, batch: Batch) -> None:
         """Judge the groups that are complete, and drop those that teach nothing."""
         started = time.perf_counter()
         complete = [
             group for group in self.waiting.values() if not group.unfinished and not group.scored
         ]
-        for group in complete:
-            group.scored = record.judged(group)
+        for group, scored_responses in zip(complete, record.judged(complete), strict=True):
+            group.scored = scored_responses
             batch.judged += [(group.prompt, scored) for scored in group.scored]
             if self.config.rl.dynamic_sampling and not group.has_spread:
                 batch.without_spread += 1
                 del self.waiting[group.prompt.id]
         batch.reward_seconds += time.perf_counter() - started
-
-
-class _Record:
-    """A step's journal and its verdicts: the first process has the file and the verifiers, all know
-    what the file held."""
-
-    def __init__(self, folder: Path, step: int, fingerprint: str, judge: Judge) -> None:
-        self._journal: Journal | None = None
-        self._judge = judge
-        self._verdicts: dict[Key, Future[Scored]] = {}
-
-        def opened() -> tuple[dict[Key, Response], dict[Key, dict[str, Any]]]:
-            try:
-                self._journal = Journal(folder, step, fingerprint)
-            except OSError as error:
-                raise StorageError(f"responses cannot be kept in {folder}: {error}") from error
-            return self._journal.responses, self._journal.rewards
-
-        self.responses, self._rewards = agreement.on_first(opened)
-
-    def __enter__(self) -> _Record:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._journal:
-            self._journal.close()
-
-    def completed(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Responses to the requests that an interrupted run has paid for."""
-        return (
-            self.responses[_key(request)] for request in requests if _key(request) in self.responses
-        )
-
-    def add_response(self, prompt: Prompt, response: Response) -> None:
-        """Keep a response; its verifier works while others are drawn."""
-        if self._journal:
-            self._journal.add_response(response)
-            self._begin_to_judge(prompt, response)
-
-    def judged(self, group: Group) -> list[Scored]:
-        """The group's responses with their rewards. Collective."""
-        keys = [(group.prompt.id, index) for index in sorted(group.responses)]
-        if all(key in self._rewards for key in keys):
-            rewards = [self._rewards[key] for key in keys]
-        else:
-            rewards = agreement.on_first(lambda: self._verdict(group))
-        return [
-            with_reward(response, values)
-            for response, values in zip(group.in_order, rewards, strict=True)
-        ]
-
-    def _begin_to_judge(self, prompt: Prompt, response: Response) -> None:
-        key = response.prompt_id, response.index
-        if response.finish != "paused" and key not in self._verdicts:
-            self._verdicts[key] = self._judge(prompt, response)
-
-    def _verdict(self, group: Group) -> list[dict[str, Any]]:
-        for response in group.in_order:
-            # Of a response that an earlier run has paid for.
-            self._begin_to_judge(group.prompt, response)
-        rewards = []
-        for key in [(group.prompt.id, response.index) for response in group.in_order]:
-            rewards.append(reward_values(self._verdicts.pop(key).result()))
-            assert self._journal is not None
-            self._journal.add_reward(key, rewards[-1])
-        return rewards
-
-
-def _key(request: Request) -> Key:
-    return request.prompt_id, request.index
 
 
 def _paused_at(response: Response, window: int) -> Response:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_m1.config import CommonConfig, ComputeConfig
 from megatron_m1.rl.rewards.config import RewardConfig
+from megatron_m1.rl.rollout.config import HttpConfig
 from megatron_m1.rl.windows import WindowsConfig
 
 
@@ -106,6 +107,8 @@ class PolicyConfig:
         updates_per_batch: optimizer steps on a rollout batch, each on its own part of the prompts.
         dynamic_sampling: replace prompts whose responses all have the same reward.
         refills: how many times at most a batch is filled up.
+        max_staleness: how many policy versions older than those that train on it a token may be;
+            0 draws and trains in turn, more draws the next batches while one is trained on.
         overlong_buffer: tokens before the end of the window in which the reward falls; 0 for none.
         overlong_penalty: what the last of them costs.
         old_logprobs: trainer (computed again once per batch) or rollout (the engine's own).
@@ -129,6 +132,7 @@ class PolicyConfig:
     updates_per_batch: int = 1
     dynamic_sampling: bool = True
     refills: int = 10
+    max_staleness: int = 0
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
     old_logprobs: str = "trainer"
@@ -143,8 +147,9 @@ class RolloutConfig:
     """How responses are drawn.
 
     Attributes:
-        engine: native, the training model itself.
-        slots: responses that are generated at a time on each data-parallel process.
+        engine: native, the training model itself, or http, the servers of ``http``.
+        slots: responses that are generated at a time on each data-parallel process; of native, as
+            ``prefill_tokens``.
         prefill_tokens: tokens of prompts that a process reads between two tokens of responses.
         max_new_tokens: tokens of a response, where ``rl.windows.stages`` is empty.
         temperature: of the draws.
@@ -168,6 +173,7 @@ class RolloutConfig:
     repetition_length: int = 0
     repetition_probability: float = 0.99
     tokens_per_step: int | None = None
+    http: HttpConfig = field(default_factory=HttpConfig)
 
 
 @dataclass

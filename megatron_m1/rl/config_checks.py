@@ -12,7 +12,7 @@ from megatron_m1.rl.rewards.config import reward_problems
 OBJECTIVES = ("cispo", "ppo")
 AGGREGATIONS = ("prompt_mean", "token_mean", "sequence_mean")  # aggregation.py imports torch
 OLD_LOGPROBS = ("trainer", "rollout")
-ENGINES = ("native",)
+ENGINES = ("native", "http")
 
 _AT_LEAST_ONE = (
     *("rl.prompts_per_batch", "rl.updates_per_batch", "rl.refills"),
@@ -52,7 +52,10 @@ def rl_problems(config: RLConfig, world_size: int) -> list[str]:
         if value < 1:
             found.append(f"{key}={value} must be at least 1")
     found += [*_policy_problems(config.rl), *_rollout_problems(config.rollout)]
-    found += [*_model_problems(config), *config.rl.windows.problems()]
+    found += [*_staleness_problems(config), *_model_problems(config)]
+    if config.rollout.engine == "http":
+        found += _http_problems(config)
+    found += config.rl.windows.problems()
     found += reward_problems(config.reward)
     if config.optim.phases:
         found.append("optim.phases counts trained tokens and is for pretraining: use optim.shape")
@@ -106,11 +109,38 @@ def _policy_problems(rl: PolicyConfig) -> list[str]:
 
 
 def _late_problems(where: str, phase: LatePhase) -> list[str]:
-    return [
-        f"{where}.{name}={value} must be positive"
-        for name in ("is_weight_max", "clip_grad")
-        if (value := getattr(phase, name)) is not None and value <= 0
-    ]
+    found, weight = [], phase.is_weight_max
+    if weight is not None and weight < 1:
+        found.append(
+            f"{where}.is_weight_max={weight} must be at least 1, the weight of on-policy tokens"
+        )
+    if phase.clip_grad is not None and phase.clip_grad <= 0:
+        found.append(f"{where}.clip_grad={phase.clip_grad} must be positive")
+    return found
+
+
+def _staleness_problems(config: RLConfig) -> list[str]:
+    staleness, found = config.rl.max_staleness, []
+    if staleness < 0:
+        return [f"rl.max_staleness={staleness} must not be negative"]
+    if staleness == 0:
+        return []
+    if config.rollout.engine == "native":
+        found.append(
+            f"rl.max_staleness={staleness} draws while the model is trained, which "
+            "rollout.engine=native cannot, since it is that model: use rollout.engine=http, or 0"
+        )
+    if config.rl.old_logprobs != "rollout":
+        found.append(
+            f"rl.max_staleness={staleness} needs rl.old_logprobs=rollout: importance weights "
+            "correct for the policy that drew, and the trainer's is newer"
+        )
+    if config.rollout.tokens_per_step is not None:
+        found.append(
+            f"rollout.tokens_per_step={config.rollout.tokens_per_step} lets a response grow over "
+            f"more steps than rl.max_staleness={staleness} may allow: use null"
+        )
+    return found
 
 
 def _rollout_problems(rollout: RolloutConfig) -> list[str]:
@@ -126,6 +156,28 @@ def _rollout_problems(rollout: RolloutConfig) -> list[str]:
         found.append(
             f"rollout.tokens_per_step={rollout.tokens_per_step} must be at least 1, or null"
         )
+    return found
+
+
+def _http_problems(config: RLConfig) -> list[str]:
+    rollout, found = config.rollout, config.rollout.http.problems()
+    if config.rl.routing_replay:
+        found.append(
+            "rl.routing_replay=true needs rollout.engine=native: servers do not tell the experts"
+        )
+    if rollout.http.server == "vllm" and config.rl.max_staleness:
+        found.append(
+            f"rl.max_staleness={config.rl.max_staleness} needs a server that says which weights "
+            "drew, which rollout.http.server=vllm does not: use megatron_m1 or sglang, or 0"
+        )
+    if rollout.http.server == "transformers":
+        silent = "rollout.http.server=transformers tells no log-probabilities, which"
+        if rollout.repetition_length:
+            found.append(
+                f"{silent} rollout.repetition_length={rollout.repetition_length} looks at: use 0"
+            )
+        if len(config.rl.windows.stages) > 1:
+            found.append(f"{silent} rl.windows.stages={config.rl.windows.stages} go by: use one")
     return found
 
 
@@ -146,10 +198,5 @@ def _model_problems(config: RLConfig) -> list[str]:
         found.append(
             "parallel.overlap_moe_expert_parallel_comm=true trains on the sum of losses only: use "
             "false"
-        )
-    if layout.vpp:
-        found.append(
-            f"parallel.vpp={layout.vpp}: virtual stages serve training only, use null with "
-            "rollout.engine=native"
         )
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from megatron_m1.rl import late
-from megatron_m1.rl.batch import OLD, ROLLOUT, pack, samples_of
+from megatron_m1.rl.batch import pack, samples_of
 from megatron_m1.rl.groups import Group, parts
 from megatron_m1.rl.state import RLRun
 from megatron_m1.rl.token_loss import objective
@@ -18,6 +18,7 @@ from megatron_m1.rl.update import (
     comparison_metrics,
     metrics_over_ranks,
     own_rows,
+    take_rollout_logprobs,
     update,
 )
 from megatron_m1.training import phases
@@ -46,9 +47,13 @@ class Learned:
     update_seconds: float
 
 
-def learn(run: RLRun, groups: Sequence[Group]) -> Learned:
-    """Train on a batch: ``updates_per_batch`` updates, each on its part of it. Collective."""
-    config, window = run.config, run.windows.tokens
+def learn(run: RLRun, groups: Sequence[Group], window: int) -> Learned:
+    """Train on a batch: ``updates_per_batch`` updates, each on its part of it. Collective.
+
+    Args:
+        window: tokens that its responses may have.
+    """
+    config = run.config
     started = time.perf_counter()
     minibatches = [
         samples_of(part, config.rl, window) for part in parts(groups, config.rl.updates_per_batch)
@@ -63,8 +68,7 @@ def learn(run: RLRun, groups: Sequence[Group]) -> Learned:
         add_old_logprobs(run.chunks, part)
         comparisons += compared(part)
         if config.rl.old_logprobs == "rollout":
-            for row in part:
-                row.extra[OLD] = row.extra[ROLLOUT]
+            take_rollout_logprobs(part)
     prepared = time.perf_counter()
 
     limits = late.bounds(config, run.progress.step, window)

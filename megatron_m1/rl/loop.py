@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_m1.errors import NotFinite
 from megatron_m1.observe.sinks.sink import scalars
 from megatron_m1.rl.learning import learn
-from megatron_m1.rl.metrics import step_metrics
+from megatron_m1.rl.metrics import Times, step_metrics
 from megatron_m1.rl.state import RLRun
 from megatron_m1.training.callbacks.callback import Callback
 from megatron_m1.training.stopping import stop_if_asked
@@ -25,11 +25,13 @@ def train_rl(run: RLRun, callbacks: Sequence[Callback[RLRun]]) -> None:
     while not run.finished:
         started = time.perf_counter()
         batch = run.collector.collect(run.progress.step, run.windows.tokens)
-        learned = learn(run, batch.groups)
+        collected = time.perf_counter()
+        learned = learn(run, batch.groups, batch.window)
         run.progress.step += 1
         run.progress.tokens += learned.tokens
+        trained = time.perf_counter()
         run.engine.weights_changed(run.progress.step)
-        metrics = step_metrics(run, batch, learned, time.perf_counter() - started)
+        metrics = step_metrics(run, batch, learned, Times(started, collected, trained))
         if not all(math.isfinite(value) for value in learned.metrics.values()):
             for callback in callbacks:
                 callback.on_stop(run)

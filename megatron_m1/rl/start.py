@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
 
 from megatron_m1.data.tokenizer import Tokenizer
-from megatron_m1.rl.collecting import Judge
 from megatron_m1.rl.config import RLConfig
+from megatron_m1.rl.recording import Judge
 from megatron_m1.rl.rewards.length_bias import LengthBias
 from megatron_m1.rl.rewards.scorer import Scorer
 from megatron_m1.rl.rollout.engine import Engine
+from megatron_m1.rl.rollout.http import HttpEngine
 from megatron_m1.rl.rollout.native import NativeEngine
+from megatron_m1.rl.rollout.publishing import Publisher
 from megatron_m1.rl.samples import Prompt, Response, Scored
 from megatron_m1.rl.sources import open_prompts, open_tokenizer
-from megatron_m1.rl.state import RLRun, build_collector
+from megatron_m1.rl.state import RLRun, collecting
 from megatron_m1.rl.windows import Windows
 from megatron_m1.training.state import build_model
 
@@ -30,22 +33,29 @@ def rl_run(config: RLConfig) -> Iterator[RLRun]:
     prompts = open_prompts(config, config.seed)
     transformer, chunks, optimizer = build_model(config, config.train)
     engine = build_engine(config, chunks, tokenizer)
-    with _judge(config, tokenizer) as judge:
+    with (
+        _judge(config, tokenizer) as judge,
+        collecting(config, prompts, tokenizer, engine, judge) as collector,
+    ):
         yield RLRun(
             config,
             transformer,
             chunks,
             optimizer,
-            tokenizer,
             engine,
-            build_collector(config, prompts, tokenizer, engine, judge),
+            collector,
             Windows(config.rl.windows, config.rollout.max_new_tokens),
+            tokenizer=tokenizer,
             length_bias=LengthBias(config.reward.generative.length_bias),
         )
 
 
 def build_engine(config: RLConfig, chunks: list[nn.Module], tokenizer: Tokenizer) -> Engine:
     rollout = config.rollout
+    if rollout.engine == "http":
+        folder = Path(rollout.http.folder or Path(config.run_dir) / "weights")
+        publish = Publisher(rollout.http, folder, chunks, config.model, tokenizer)
+        return HttpEngine(rollout.http, tokenizer, publish)
     return NativeEngine(
         chunks,
         tokenizer,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_m1.data.tokenizer import Tokenizer
-from megatron_m1.rl.collecting import Collector, Judge
+from megatron_m1.rl.collecting import Collector
 from megatron_m1.rl.config import RLConfig
+from megatron_m1.rl.overlap import OverlappedCollector
 from megatron_m1.rl.prompts import Prompts
+from megatron_m1.rl.recording import Judge, alone
 from megatron_m1.rl.rewards.length_bias import LengthBias
-from megatron_m1.rl.rollout.engine import Engine
+from megatron_m1.rl.rollout.engine import Engine, RemoteEngine
 from megatron_m1.rl.windows import Windows
 from megatron_m1.training.state import Training
 
@@ -31,16 +35,12 @@ class RLRun(Training):
     """
 
     config: RLConfig
-    words: Tokenizer
     engine: Engine
-    collector: Collector
+    collector: Collector | OverlappedCollector
     windows: Windows
+    tokenizer: Tokenizer = field(kw_only=True)
     updates: int = field(default=0, kw_only=True)
     length_bias: LengthBias = field(kw_only=True)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.words
 
     @property
     def total_steps(self) -> int:
@@ -79,6 +79,9 @@ def rollouts_folder(config: RLConfig) -> Path:
 def fingerprint(config: RLConfig, tokenizer: Tokenizer, prompts: Prompts) -> str:
     """Of everything that a response depends on."""
     values = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    # Where servers are and how they are asked changes no draw.
+    is_remote = config.rollout.engine == "http"
+    values["rollout"]["http"] = config.rollout.http.server if is_remote else None
     # A run may be prolonged where its rate does not depend on its length.
     values["train"] = {"precision": config.train.precision}
     if config.optim.shape != "constant":
@@ -89,9 +92,21 @@ def fingerprint(config: RLConfig, tokenizer: Tokenizer, prompts: Prompts) -> str
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def build_collector(
+@contextmanager
+def collecting(
     config: RLConfig, prompts: Prompts, tokenizer: Tokenizer, engine: Engine, judge: Judge
-) -> Collector:
+) -> Iterator[Collector | OverlappedCollector]:
+    """What fills the batches of a run, until the block ends."""
     folder = rollouts_folder(config)
     mark = fingerprint(config, tokenizer, prompts)
-    return Collector(prompts, tokenizer, engine, judge, config, folder, mark)
+    if config.rl.max_staleness == 0:
+        yield Collector(prompts, tokenizer, engine.generate, judge, config, folder, mark)
+        return
+    assert isinstance(engine, RemoteEngine)
+    collector = Collector(
+        prompts, tokenizer, engine.responses, judge, config, folder, mark, share=alone
+    )
+    with OverlappedCollector(
+        collector, engine, config.rl.max_staleness, config.train.steps
+    ) as overlapped:
+        yield overlapped

@@ -58,24 +58,49 @@ def add_old_logprobs(chunks: list[nn.Module], rows: list[PackedRow]) -> None:
         row.extra[OLD], row.extra[ENTROPY] = -losses, entropies
 
 
-def compared(rows: Sequence[PackedRow]) -> list[TokenSums]:
+Comparison = tuple[TokenSums, TokenSums]
+"""Of rollout and trainer over the tokens that the rollout's log-probabilities are known of; of the
+policy over all."""
+
+
+def compared(rows: Sequence[PackedRow]) -> list[Comparison]:
     """Entropy of the policy, and how far the rollout's log-probabilities are from the trainer's, of
     the rows that have both."""
     return [_compared(row) for row in rows if OLD in row.extra]
 
 
-def _compared(row: PackedRow) -> TokenSums:
-    live = row.loss_mask != 0
-    sums = mismatch_sums(row.extra[ROLLOUT], row.extra[OLD], live)
-    entropy = TokenSums.of(live, {"entropy": row.extra[ENTROPY]})
-    return replace(sums, sums={**sums.sums, **entropy.sums})
+def _compared(row: PackedRow) -> Comparison:
+    live, rollout = row.loss_mask != 0, row.extra[ROLLOUT]
+    unknown = rollout.isnan()
+    policy = {"entropy": row.extra[ENTROPY], "unknown": unknown.double()}
+    return (
+        mismatch_sums(rollout, row.extra[OLD], live & ~unknown),
+        TokenSums.of(live, policy),
+    )
 
 
-def comparison_metrics(sums: Sequence[TokenSums]) -> dict[str, float]:
+def comparison_metrics(comparisons: Sequence[Comparison]) -> dict[str, float]:
     """The metrics of ``compared`` over all processes. Collective."""
-    means = metrics_over_ranks(sums)
-    found = mismatch_metrics(means)
-    return {**found, "actor/entropy": means["entropy"]} if found else {}
+    mismatch = metrics_over_ranks([rollout for rollout, _ in comparisons])
+    policy = metrics_over_ranks([policy for _, policy in comparisons])
+    if not policy:
+        return {}
+    return {
+        **mismatch_metrics(mismatch),
+        "actor/entropy": policy["entropy"],
+        "training/rollout_logprobs_missing": policy["unknown"],
+    }
+
+
+def take_rollout_logprobs(rows: Sequence[PackedRow]) -> None:
+    """Make the rollout's log-probabilities the old ones; where it does not tell them, the trainer's
+    stay, which the same weights computed."""
+    for row in rows:
+        if OLD in row.extra:
+            rollout = row.extra[ROLLOUT]
+            row.extra[OLD] = rollout.where(~rollout.isnan(), row.extra[OLD])
+        else:
+            row.extra[OLD] = row.extra[ROLLOUT]
 
 
 def update(

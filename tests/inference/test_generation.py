@@ -13,7 +13,7 @@ import torch
 
 from megatron_m1.data.tokenizer import train_bpe
 from megatron_m1.errors import NotFinite
-from megatron_m1.inference.generation import Generator
+from megatron_m1.inference.generation import Generation, Generator
 from megatron_m1.inference.load import Loaded
 from megatron_m1.inference.requests import Continuation, SamplingParams, Sequence
 from megatron_m1.model.build import build_chunks, unwrap
@@ -349,6 +349,22 @@ def test_what_cannot_be_continued(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(Generator(chunks), [SEQUENCES[0], replace(SEQUENCES[1], **changes)])
+
+
+def test_sequences_come_and_go_while_others_are_drawn(
+    chunks: list[torch.nn.Module], alone: list[Continuation]
+) -> None:
+    """One leaves its slot, one the queue."""
+    generation = Generation(Generator(chunks, slots=2, prefill_tokens=5), slots=2, places=64)
+    numbers = [generation.add(sequence) for sequence in SEQUENCES[:4]]
+    found = dict(generation.step())
+    generation.drop(numbers[1])
+    generation.drop(numbers[3])
+    last = generation.add(SEQUENCES[4])
+    while generation.unfinished:
+        found |= dict(generation.step())
+    assert sorted(found) == [numbers[0], numbers[2], last]
+    assert_alike([found[n] for n in sorted(found)], [alone[0], alone[2], alone[4]])
 
 
 def test_no_sequences_are_no_work(chunks: list[torch.nn.Module]) -> None:

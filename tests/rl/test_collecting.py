@@ -30,11 +30,9 @@ def tokenizer() -> Tokenizer:
 def collector(
     folder: Path, tokenizer: Tokenizer, engine: DrawingEngine | None = None, **changes: Any
 ) -> Collector:
-    config = rl_config("unused")
-    config = replace(config, **changes)
-    return Collector(
-        Numbers(), tokenizer, engine or DrawingEngine(), judge, config, folder, "fingerprint"
-    )
+    draw = (engine or DrawingEngine()).generate
+    config = replace(rl_config("unused"), **changes)
+    return Collector(Numbers(), tokenizer, draw, judge, config, folder, "fingerprint")
 
 
 def with_rollout(config: RLConfig, **changes: Any) -> dict[str, Any]:
@@ -98,11 +96,12 @@ def test_refills_are_bounded(single_process: Layout, tmp_path: Path, tokenizer: 
 def test_paused_responses_go_on_with_newer_weights(
     single_process: Layout, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    source = collector(tmp_path, tokenizer, **PAUSING)
+    engine = DrawingEngine()
+    source = collector(tmp_path, tokenizer, engine, **PAUSING)
     longest = Response(0, 0, [], [], [], [], "stop")
     for step in range(6):
         batch = source.collect(step, WINDOW)
-        source.engine.weights_changed(step + 1)
+        engine.weights_changed(step + 1)
         for _, scored in batch.judged:
             longest = max(longest, scored.response, key=lambda r: len(set(r.versions)))
     assert len(set(longest.versions)) >= 3
@@ -114,14 +113,15 @@ def test_paused_responses_go_on_with_newer_weights(
 def test_a_collector_goes_on_from_its_state(
     single_process: Layout, tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]
 ) -> None:
-    unbroken = collector(tmp_path / "unbroken", tokenizer, **changes)
-    expected = [take_step(unbroken, step) for step in range(6)]
-    first = collector(tmp_path / "broken", tokenizer, **changes)
-    found = [take_step(first, step) for step in range(3)]
-    second = collector(tmp_path / "broken", tokenizer, **changes)
+    engine = DrawingEngine()
+    unbroken = collector(tmp_path / "unbroken", tokenizer, engine, **changes)
+    expected = [take_step(unbroken, engine, step) for step in range(6)]
+    engine = DrawingEngine()
+    first = collector(tmp_path / "broken", tokenizer, engine, **changes)
+    found = [take_step(first, engine, step) for step in range(3)]
+    second = collector(tmp_path / "broken", tokenizer, engine, **changes)
     second.load_state_dict(first.state_dict())
-    second.engine.weights_changed(3)
-    assert found + [take_step(second, step) for step in range(3, 6)] == expected
+    assert found + [take_step(second, engine, step) for step in range(3, 6)] == expected
 
 
 class Killed(Exception):
@@ -155,16 +155,59 @@ def test_what_was_paid_for_is_not_drawn_again(
     after: int,
 ) -> None:
     unbroken = DrawingEngine()
-    expected = take_step(collector(tmp_path / "unbroken", tokenizer, unbroken, **changes), 0)
+    source = collector(tmp_path / "unbroken", tokenizer, unbroken, **changes)
+    expected = shown(source.collect(0, WINDOW))
     with pytest.raises(Killed):
         collector(tmp_path / "broken", tokenizer, DyingEngine(after), **changes).collect(0, WINDOW)
     resumed = DrawingEngine()
-    found = take_step(collector(tmp_path / "broken", tokenizer, resumed, **changes), 0)
-    assert found == expected
+    again = collector(tmp_path / "broken", tokenizer, resumed, **changes)
+    assert shown(again.collect(0, WINDOW)) == expected
     assert len(resumed.asked) == len(unbroken.asked) - after
 
 
-def take_step(source: Collector, step: int) -> list[Any]:
+def take_step(source: Collector, engine: DrawingEngine, step: int) -> list[Any]:
     result = shown(source.collect(step, WINDOW))
-    source.engine.weights_changed(step + 1)
+    engine.weights_changed(step + 1)
     return result
+
+
+def test_what_was_judged_is_not_judged_again(
+    single_process: Layout, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    def never(prompt: Prompt, response: Response) -> Future[Scored]:
+        raise AssertionError((prompt.id, response.index))
+
+    expected = shown(collector(tmp_path, tokenizer).collect(0, WINDOW))
+    again = collector(tmp_path, tokenizer)
+    again.judge = never
+    assert shown(again.collect(0, WINDOW)) == expected
+
+
+def test_responses_of_an_earlier_run_are_judged_side_by_side(
+    single_process: Layout, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Verdicts that were not known when that run was killed, of all groups before one is waited
+    for."""
+    changes = with_rl(rl_config(""), refills=1)
+
+    def dying(prompt: Prompt, response: Response) -> Future[Scored]:
+        verdict: Future[Scored] = Future()
+        verdict.set_exception(Killed())
+        return verdict
+
+    first = collector(tmp_path, tokenizer, **changes)
+    first.judge = dying
+    with pytest.raises(Killed):
+        first.collect(0, WINDOW)
+    second = collector(tmp_path, tokenizer, **changes)
+    waiting: list[tuple[Prompt, Response, Future[Scored]]] = []
+
+    def at_once(prompt: Prompt, response: Response) -> Future[Scored]:
+        waiting.append((prompt, response, Future()))
+        if len(waiting) == 16:
+            for prompt, response, verdict in waiting:
+                verdict.set_result(judge(prompt, response).result())
+        return waiting[-1][2]
+
+    second.judge = at_once
+    assert len(second.collect(0, WINDOW).judged) == 16

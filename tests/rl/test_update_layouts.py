@@ -21,7 +21,7 @@ from megatron_m1.rl.update import (
     update,
 )
 from megatron_m1.training.run import Run
-from megatron_m1.training.state import build_model, data_rank
+from megatron_m1.training.state import Training, build_model, data_rank
 from parallel.layout import Layout
 from tests.distributed import Pool
 from tests.rl.stored import rl_config, stored_groups
@@ -30,6 +30,7 @@ LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
     "tp2_no_sp": (2, Layout(tp=2, sequence_parallel=False)),
     "pp2": (2, Layout(pp=2)),
+    "pp2_interleaved": (2, Layout(pp=2, vpp=2)),
     "ep2": (2, Layout(ep=2)),
     "dp2": (2, Layout()),
     "cp2": (2, Layout(cp=2)),
@@ -39,10 +40,17 @@ LAYOUTS = {
 }
 
 
+class Updated(Run):
+    """What an update asks of a run; RL has no rerun state machine."""
+
+    def __post_init__(self) -> None:
+        Training.__post_init__(self)
+
+
 def updates(config: RLConfig) -> list[dict[str, float]]:
     """The metrics of each update on the stored batch."""
     config.parallel.build_groups()
-    run = Run(config, *build_model(config, config.train), None, 0)  # type: ignore[arg-type]
+    run = Updated(config, *build_model(config, config.train), None, 0)  # type: ignore[arg-type]
     minibatches = parts(stored_groups(), config.rl.updates_per_batch)
     rows = [
         own_rows(

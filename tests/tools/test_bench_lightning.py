@@ -6,7 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tools.bench_lightning import check
+from tools.lightning_peers import Ours, Peer, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("portable", "transformers", "einsum")
@@ -41,3 +49,25 @@ def test_every_peer_is_checked_timed_and_weighed(tmp_path: Path) -> None:
     assert max(report["errors"]["B 1, T 1024, H 4, D 64, float32"]["portable"].values()) < 5e-6
     assert {time["peer"] for time in report["times"]} == set(PEERS)
     assert all(len(time["seconds"]) >= 3 for time in report["times"])
+
+
+class Broken(Peer):
+    name = "broken"
+
+    def prepare(self, shape: Shape, device: torch.device) -> Callable[..., Tensor]:
+        raise ImportError("another version\nis needed")
+
+
+def test_a_peer_that_fails_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = Shape(1, 40, 2, 16, torch.float32)
+    assert list(check([Broken(), Ours("portable")], shape, torch.device("cpu"))) == ["portable"]
+    assert re.search(r"^  broken +ImportError: another version$", capsys.readouterr().out, re.M)
+
+
+def test_a_failure_of_ours_is_not_passed_over() -> None:
+    class Wrong(Broken, Ours):
+        pass
+
+    shape = Shape(1, 40, 2, 16, torch.float32)
+    with pytest.raises(ImportError, match="another version"):
+        check([Wrong("portable")], shape, torch.device("cpu"))

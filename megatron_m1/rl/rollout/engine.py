@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from megatron_m1.inference.requests import SamplingParams
 from megatron_m1.rl.samples import Response
 
-__all__ = ["Engine", "Request", "SamplingParams"]
+__all__ = ["Engine", "RemoteEngine", "Request", "SamplingParams"]
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,25 @@ class Engine(Protocol):
     def weights_changed(self, version: int) -> None:
         """The policy's weights have become those of ``version``: what was computed with older ones
         is dropped."""
+        ...
+
+
+@runtime_checkable
+class RemoteEngine(Engine, Protocol):
+    """Generates in processes of its own, so that a thread of the first process can ask it while all
+    processes train."""
+
+    def open(self) -> None:
+        """Give it the weights, before ``responses`` is first asked for any. Collective."""
+        ...
+
+    def responses(self, requests: Sequence[Request]) -> Iterator[Response]:
+        """What ``generate`` gives, to the calling process alone: no call in it is collective. What
+        is begun after ``weights_changed`` has returned is of the new weights, and all of a response
+        that weights overtake is of those that it was begun with, or says otherwise."""
+        ...
+
+    def stop(self) -> None:
+        """From any thread: begin no further response. ``responses`` gives those that are under way
+        and ends."""
         ...
