@@ -100,6 +100,24 @@ class ComputeConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """When a loss counts as a spike, and how often a run goes back for it.
+
+    Attributes:
+        deviations: a spike is above median + deviations x MAD of the losses before; 0 looks for
+            none, 10 is a start.
+        window: of how many losses these are.
+        steps: as many in a row are a spike.
+        rollbacks: how often at most.
+    """
+
+    deviations: float = 0.0
+    window: int = 100
+    steps: int = 3
+    rollbacks: int = 3
+
+
+@dataclass
 class TrainConfig(ComputeConfig):
     """The length and shape of the run. Batches count rows of ``seq_length`` tokens.
 
@@ -109,6 +127,14 @@ class TrainConfig(ComputeConfig):
         eval_every: steps between evaluations on held-out rows; 0 never.
         eval_rows: rows of an evaluation.
         sample_prompt: text to continue when training ends; null for none.
+        max_skipped: steps in a row that may be skipped because their loss or gradient is not
+            finite; the next one ends the run.
+        rerun: what Megatron's rerun state machine does: disabled, or validate_results, which tries
+            a step whose loss is not finite a second time.
+        watchdog_seconds: end the run when a process shows no progress for so long; 0 never. Below
+            the ten minutes after which a collective fails by itself.
+        straggler_every: steps between comparisons of the processes' speeds; 0 never.
+        straggler_factor: name the slowest process when it takes so many times the median.
     """
 
     steps: int | None = None
@@ -121,6 +147,12 @@ class TrainConfig(ComputeConfig):
     eval_rows: int = 32
     sample_prompt: str | None = None
     sample_tokens: int = 64
+    max_skipped: int = 3
+    rerun: str = "disabled"
+    watchdog_seconds: float = 540.0
+    straggler_every: int = 50
+    straggler_factor: float = 1.5
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
 
 
 @dataclass
@@ -199,10 +231,15 @@ class CommonConfig:
 
 @dataclass
 class RunConfig(CommonConfig):
-    """A pretraining run."""
+    """A pretraining run.
+
+    Attributes:
+        fault: faults to make on purpose, as KIND@STEP:RANK; each once.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fault: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -256,4 +293,44 @@ class ScoreConfig:
     tokens: str = ""
     out: str = ""
     micro_batch: int = 1
+    precision: str = "fp32"
+
+
+@dataclass
+class ServerConfig:
+    """Where and how a server answers.
+
+    Attributes:
+        host: the address to listen at; loopback is for this machine alone.
+        port: 0 takes one that is free.
+        name: of the model until other weights are loaded; null is the checkpoint's path.
+        slots: responses that are generated at a time on each data-parallel process.
+        prefill_tokens: tokens of prompts that a process reads between two tokens of responses.
+        max_length: tokens of a prompt with its response; slots have room for so many.
+        key_variable: the environment variable with the key that callers must show; null asks none.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    slots: int = 16
+    prefill_tokens: int = 2048
+    max_length: int = 4096
+    key_variable: str | None = None
+
+
+@dataclass
+class ServeConfig:
+    """A model that answers over HTTP; its sizes come from the checkpoint.
+
+    Attributes:
+        tokenizer: a ``tokenizer.json`` or its folder; null is the checkpoint's, and later that of
+            weights which bring one.
+    """
+
+    checkpoint: LoadConfig = field(default_factory=LoadConfig)
+    parallel: Layout = field(default_factory=Layout)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    tokenizer: str | None = None
+    eod: str = "<|endoftext|>"
     precision: str = "fp32"

@@ -17,10 +17,12 @@ from megatron_m1.config import (
     OptimConfig,
     RunConfig,
     ScoreConfig,
+    ServeConfig,
     TrainConfig,
 )
 from megatron_m1.model.config import ModelConfig
 from megatron_m1.pipeline_stages import stages
+from megatron_m1.training.faults.plan import fault_problems
 from parallel.layout import Layout
 
 SHAPES = ("constant", "linear", "cosine", "exponential")
@@ -31,8 +33,12 @@ WANDB_MODES = ("auto", "offline", "online", "disabled")
 CORPORA = ("stdlib", "indexed")
 VERIFY = ("full", "sizes")
 ON_ERROR = ("stop", "continue")
+RERUN = ("disabled", "validate_results")
 
-_AT_LEAST_ONE = ("train.global_batch", "train.micro_batch", "train.seq_length", "data.corpus_bytes")
+_AT_LEAST_ONE = (
+    *("train.global_batch", "train.micro_batch", "train.seq_length", "data.corpus_bytes"),
+    *("train.spike.window", "train.spike.steps"),
+)
 _NOT_NEGATIVE = (
     "seed",
     "optim.min_lr",
@@ -41,6 +47,11 @@ _NOT_NEGATIVE = (
     "optim.warmup_steps",
     "train.eval_every",
     "train.sample_tokens",
+    "train.max_skipped",
+    "train.watchdog_seconds",
+    "train.straggler_every",
+    "train.spike.deviations",
+    "train.spike.rollbacks",
     "checkpoint.every",
     "logger.moe_load_every",
 )
@@ -58,6 +69,9 @@ def run_problems(config: RunConfig, world_size: int) -> list[str]:
         found += _batch_problems(config.train, layout, layout.data_parallel(world_size))
     found += [*_optim_problems(config.optim), *_bounds(config), *_choices(config)]
     found += _exchange_problems(layout, config.train)
+    if config.train.straggler_factor <= 1:
+        found.append(f"train.straggler_factor={config.train.straggler_factor} must be above 1")
+    found += fault_problems(config.fault, world_size, config.train.watchdog_seconds)
     if config.train.precision == "bf16" and not config.optim.distributed:
         found.append(
             "optim.distributed=false needs train.precision=fp32: Megatron-core cannot save the "
@@ -87,6 +101,18 @@ def score_problems(config: ScoreConfig) -> list[str]:
         found.append(f"out={config.out or 'null'}: give out=FILE.npy")
     if config.micro_batch < 1:
         found.append(f"micro_batch={config.micro_batch} must be at least 1")
+    return found
+
+
+def serve_problems(config: ServeConfig) -> list[str]:
+    """What is wrong with a server, before its checkpoint is read."""
+    found = _inference_problems(config.parallel, config.checkpoint, config.precision)
+    for name in ("slots", "prefill_tokens", "max_length"):
+        value = getattr(config.server, name)
+        if value < 1:
+            found.append(f"server.{name}={value} must be at least 1")
+    if not 0 <= config.server.port < 65536:
+        found.append(f"server.port={config.server.port} must be in 0..65535")
     return found
 
 
@@ -187,6 +213,7 @@ def _choices(config: RunConfig) -> list[str]:
     found = [
         *not_among("train.precision", train.precision, PRECISIONS),
         *not_among("train.recompute", train.recompute, RECOMPUTE),
+        *not_among("train.rerun", train.rerun, RERUN),
         *not_among("logger.wandb", config.logger.wandb, WANDB_MODES),
         *not_among("data.corpus", config.data.corpus, CORPORA),
         *not_among("checkpoint.verify", config.checkpoint.verify, VERIFY),

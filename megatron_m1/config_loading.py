@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,7 +118,8 @@ def _run_by_hydra(name: str, schema: type[Config], run: Callable[[Config], None]
 
 
 def _check_arguments(arguments: Sequence[str], schema: type) -> None:
-    keys, groups = schema_keys(schema), _groups()
+    keys = schema_keys(schema)
+    groups = _groups(keys)
     problems = []
     for argument in arguments:
         found = _OVERRIDE.match(argument)
@@ -138,9 +139,11 @@ def _check_arguments(arguments: Sequence[str], schema: type) -> None:
         raise ConfigError(problems)
 
 
-def _groups() -> list[str]:
-    """The folders under conf/: what ``group=option`` may choose from."""
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+def _groups(keys: Container[str]) -> list[str]:
+    """The folders under conf/ that belong to a program: what its ``group=option`` may choose
+    from."""
+    folders = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+    return [name for name in folders if name in keys or name == "experiment"]
 
 
 def _quote_text(argument: str, keys: dict[str, Any]) -> str:

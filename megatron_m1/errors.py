@@ -5,9 +5,12 @@ from __future__ import annotations
 EXIT_USAGE = 64
 EXIT_UNFIT = 69
 EXIT_NOT_FINITE = 70
+EXIT_WORKER = 71
 EXIT_STORAGE = 73
 EXIT_INPUT = 74
 EXIT_STOPPED = 75
+# The watchdog's: the same command goes on from the last checkpoint.
+EXIT_HANG = 76
 
 
 class UserError(Exception):
@@ -24,6 +27,10 @@ class ConfigError(UserError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("\n".join(problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        # Else another process would be told of a problem a letter.
+        return type(self), (self.problems,)
 
 
 class InputError(UserError):
@@ -43,6 +50,13 @@ class StorageError(UserError):
     before is as it was, and the same command goes on from it once that is mended."""
 
     exit_code = EXIT_STORAGE
+
+
+class WorkerDied(UserError):
+    """A process that took part in the work is gone, as the system ends one where memory runs out.
+    What was finished before is as it was, and the same command goes on from it."""
+
+    exit_code = EXIT_WORKER
 
 
 class Stopped(UserError):

@@ -39,6 +39,7 @@ def refused(*overrides: str) -> list[str]:
         ("optim.steps=2", "unknown key optim.steps: did you mean train.steps?"),
         ("+model.zzz=1", "unknown key +model.zzz: did you mean model?"),
         ("zzzzzz=1", "unknown key zzzzzz: the keys begin with model, parallel, optim, checkpoint"),
+        ("rollout=native", "unknown key rollout: "),
         ("+train.steps=3", "+train.steps: the key exists already, write train.steps=3"),
         ("++train.steps=3", "++train.steps: the key exists already, write train.steps=3"),
         ("+model=tiny", "+model: the key exists already, write model=tiny"),

@@ -8,8 +8,13 @@ import pytest
 
 from megatron_m1 import pretrain, train_rl
 from megatron_m1.cluster.config import SubmitConfig
-from megatron_m1.config import GenerateConfig, RunConfig, ScoreConfig
-from megatron_m1.config_checks import generate_problems, run_problems, score_problems
+from megatron_m1.config import GenerateConfig, RunConfig, ScoreConfig, ServeConfig
+from megatron_m1.config_checks import (
+    generate_problems,
+    run_problems,
+    score_problems,
+    serve_problems,
+)
 from megatron_m1.config_loading import CONF, load
 from megatron_m1.planning.config import PlanConfig
 from megatron_m1.rl.config import RLConfig
@@ -20,7 +25,7 @@ EXPERIMENTS = [path.stem for path in GROUP_FILES if path.parent.name == "experim
 OF_RL = {
     *(str(path) for path in GROUP_FILES if path.parent.name in ("rl", "rollout", "reward")),
     *("data/tasks.yaml", "data/files.yaml", "train/rl.yaml"),
-    *("experiment/rl_tiny.yaml", "experiment/m1_recipe.yaml"),
+    *("experiment/rl_tiny.yaml", "experiment/compare_rl.yaml", "experiment/m1_recipe.yaml"),
 }
 MODELS = [path.stem for path in GROUP_FILES if path.parent.name == "model"]
 
@@ -82,11 +87,17 @@ def test_a_dry_run_describes_as_many_processes_as_it_is_told(
     assert "133,784 steps, 11,400,000,000,000 tokens" in text
 
 
-def test_generate_and_score_compose() -> None:
+def test_programs_that_do_not_train_compose() -> None:
     generate = load("generate", GenerateConfig, ["checkpoint.load=runs/a"])
     assert generate_problems(generate) == []
     score = load("score", ScoreConfig, ["checkpoint.load=a", "tokens=a.jsonl", "out=b.npy"])
     assert score_problems(score) == []
+    serve = load("serve", ServeConfig, ["checkpoint.load=runs/a", "server.port=0"])
+    assert serve_problems(serve) == []
+    wrong = load("serve", ServeConfig, ["server.slots=0", "server.port=65536", "parallel.cp=2"])
+    assert [problem.split()[0] for problem in serve_problems(wrong)] == [
+        *("checkpoint.load", "parallel.cp=2:", "server.slots=0", "server.port=65536")
+    ]
 
 
 def test_the_recipe_is_what_the_report_says(capsys: pytest.CaptureFixture[str]) -> None:

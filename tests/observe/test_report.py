@@ -6,6 +6,7 @@ import math
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_m1.errors import InputError
 from megatron_m1.observe.report import write_report
@@ -64,6 +65,73 @@ def test_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
     assert "once &lt;upon&gt; a time" in page
     assert "0:00:30" in page
     assert "MFU" not in page
+
+
+RL_PANELS = {
+    "Reward": "critic/rewards/mean",
+    "Length": "response_length/mean",
+    "Entropy": "actor/entropy",
+    "Clip fraction": "actor/pg_clipfrac",
+    "Mismatch": "training/rollout_probs_diff_mean",
+}
+
+
+def write_rl_run(run_dir, steps=30):
+    """Step 7 found no batch to train on: it has no entropy, clip fraction or mismatch."""
+    run_dir.mkdir()
+    sink = JsonLines(run_dir, None)
+    for step in range(1, steps + 1):
+        metrics = {
+            "train/step": step,
+            "critic/rewards/mean": step / steps,
+            "response_length/mean": 40.0 + step,
+            "timing_s/step": 2.0,
+        }
+        if step != 7:
+            metrics |= {
+                "actor/entropy": 2 - step / steps,
+                "actor/pg_clipfrac": 0.01 * (step % 3),
+                "training/rollout_probs_diff_mean": 1e-4 * step,
+                "training/rollout_probs_diff_max": 1e-3 * step,
+                "training/rollout_actor_probs_pearson_corr": 1 - 1e-5 * step,
+            }
+        sink.log(step, metrics)
+    sink.close()
+    return run_dir
+
+
+def test_report_of_rl_has_its_curves_and_its_numbers(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path: drawn.append(figure) or save(figure, path)
+    )
+    run = write_rl_run(tmp_path / "rl")
+    report = write_report([run], tmp_path / "out")
+
+    panels = {axis.get_title(loc="left"): axis for axis in drawn[0].axes}
+    assert list(panels) == list(RL_PANELS)
+    for title, metric in RL_PANELS.items():
+        raw, smooth = panels[title].lines
+        expected = read_run(run).curve(metric)
+        np.testing.assert_array_equal(raw.get_xdata(), expected.steps)
+        np.testing.assert_array_equal(raw.get_ydata(), expected.values)
+        assert len(smooth.get_xdata()) > 10
+        low, high = panels[title].get_ylim()
+        assert low == 0 and high >= np.median(expected.values)
+    assert len(panels["Entropy"].lines[0].get_xdata()) == 29
+
+    numbers = json.loads(report.json.read_text())["rl"]
+    assert numbers["first_reward"] == pytest.approx(5.5 / 30)
+    assert numbers["last_reward"] == pytest.approx(25.5 / 30)
+    assert numbers["last_length"] == 70
+    assert numbers["last_entropy"] == pytest.approx(1)
+    assert numbers["clip_fraction_median"] == pytest.approx(0.01)
+    assert numbers["probs_diff_max"] == pytest.approx(0.03)
+    assert numbers["pearson_min"] == pytest.approx(1 - 3e-4)
+    assert (numbers["wall_time_s"], numbers["last_loss"]) == (60, None)
+    page = report.html.read_text()
+    assert "rollout against trainer, lowest correlation" in page and "last loss" not in page
 
 
 def test_several_runs_share_one_report(tmp_path):
