@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_m1.checkpoint.state import sharded_training
 from megatron_m1.checkpoint.unpickling import read_metadata
 from megatron_m1.config import CheckpointConfig, RunConfig
 from megatron_m1.training.run import Run
+from megatron_m1.training.state import Progress
 from megatron_m1.training.step import train_step
 from parallel.layout import Layout
 from tests.distributed import Pool
@@ -204,4 +205,4 @@ def test_the_matrix_has_moments(sources: dict[str, Source]) -> None:
         weights = {name for name in source.stored if not name.startswith("optimizer.")}
         assert len(source.stored) == 4 * len(weights)
         assert all(tensor.isfinite().all() for tensor in source.stored.values())
-        assert source.state["progress"] == {"step": 1, "tokens": 256}
+        assert source.state["progress"] == asdict(Progress(step=1, tokens=256))
