@@ -14,7 +14,8 @@ import pytest
 from tests.distributed import Pool
 from tests.rl.rollout.small_run import config, curve, program, responses, trained
 
-MISSING = [name for name in ("fastapi", "uvicorn", "openai") if not importlib.util.find_spec(name)]
+WANTED = ("fastapi", "uvicorn", "openai", "accelerate")
+MISSING = [name for name in WANTED if not importlib.util.find_spec(name)]
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"transformers serve needs {', '.join(MISSING)}"
 )
