@@ -152,7 +152,7 @@ class Collector:
             key_of(request): len(request.begun.tokens) for request in missing if request.begun
         }
         for response in self.draw(missing) if missing else ():
-            ended = _paused_at(response, batch.window)
+            ended = self._paused_at(response, batch.window)
             record.add_response(self.waiting[ended.prompt_id].prompt, ended)
             self._take(ended)
             batch.drawn += len(ended.tokens) - before.get(key_of(ended), 0)
@@ -176,6 +176,17 @@ class Collector:
             group.prompt.id, index, group.tokens, self.config.seed, sampling, begun=begun
         )
 
+    def _paused_at(self, response: Response, window: int) -> Response:
+        """A response that has used up the tokens of this step, but not the window, goes on later.
+
+        Where no step has a limit of its own none goes on: a server that tells texts may tell fewer
+        tokens than the window that it filled.
+        """
+        is_limited = self.config.rollout.tokens_per_step is not None
+        if is_limited and response.finish == "length" and len(response.tokens) < window:
+            return replace(response, finish="paused")
+        return response
+
     def _take(self, response: Response) -> None:
         self.waiting[response.prompt_id].responses[response.index] = response
 
@@ -192,10 +203,3 @@ class Collector:
                 batch.without_spread += 1
                 del self.waiting[group.prompt.id]
         batch.reward_seconds += time.perf_counter() - started
-
-
-def _paused_at(response: Response, window: int) -> Response:
-    """A response that has used up the tokens of this step, but not the window, goes on later."""
-    if response.finish == "length" and len(response.tokens) < window:
-        return replace(response, finish="paused")
-    return response

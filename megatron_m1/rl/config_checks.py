@@ -55,7 +55,7 @@ def rl_problems(config: RLConfig, world_size: int) -> list[str]:
     found += [*_staleness_problems(config), *_model_problems(config)]
     if config.rollout.engine == "http":
         found += _http_problems(config)
-    found += config.rl.windows.problems()
+    found += [*config.rl.windows.problems(), *_overlong_problems(config)]
     found += reward_problems(config.reward)
     if config.optim.phases:
         found.append("optim.phases counts trained tokens and is for pretraining: use optim.shape")
@@ -108,6 +108,16 @@ def _policy_problems(rl: PolicyConfig) -> list[str]:
     return found
 
 
+def _overlong_problems(config: RLConfig) -> list[str]:
+    shortest = min(config.rl.windows.stages or [config.rollout.max_new_tokens])
+    if config.rl.overlong_buffer <= shortest:
+        return []
+    return [
+        f"rl.overlong_buffer={config.rl.overlong_buffer} must not be more than {shortest}, the "
+        "tokens of the shortest output window"
+    ]
+
+
 def _late_problems(where: str, phase: LatePhase) -> list[str]:
     found, weight = [], phase.is_weight_max
     if weight is not None and weight < 1:
@@ -152,6 +162,13 @@ def _rollout_problems(rollout: RolloutConfig) -> list[str]:
     for name in ("top_k", "repetition_length"):
         if getattr(rollout, name) < 0:
             found.append(f"rollout.{name}={getattr(rollout, name)} must not be negative")
+    if not 0 < rollout.repetition_probability < 1:
+        found.append(
+            f"rollout.repetition_probability={rollout.repetition_probability} must be between 0 "
+            "and 1"
+        )
+    if "" in rollout.stop:
+        found.append(f"rollout.stop={rollout.stop} holds an empty text, which ends nothing")
     if rollout.tokens_per_step is not None and rollout.tokens_per_step < 1:
         found.append(
             f"rollout.tokens_per_step={rollout.tokens_per_step} must be at least 1, or null"
@@ -178,6 +195,8 @@ def _http_problems(config: RLConfig) -> list[str]:
             )
         if len(config.rl.windows.stages) > 1:
             found.append(f"{silent} rl.windows.stages={config.rl.windows.stages} go by: use one")
+        if config.rl.max_staleness:
+            found.append(f"{silent} rl.max_staleness={config.rl.max_staleness} corrects by: use 0")
     return found
 
 

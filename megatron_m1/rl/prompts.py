@@ -31,6 +31,11 @@ class Prompts(Protocol):
         """Changes when the stream does: positions of one mean nothing in another."""
         ...
 
+    @property
+    def data_sources(self) -> set[str]:
+        """All that its prompts may have."""
+        ...
+
     def prompt(self, position: int) -> Prompt:
         """The prompt at a position, from 0, which is its id."""
         ...
@@ -45,6 +50,10 @@ class TaskPrompts:
     @property
     def fingerprint(self) -> str:
         return _digest(repr(self._task), str(self._seed))
+
+    @property
+    def data_sources(self) -> set[str]:
+        return {self._task.name}
 
     def prompt(self, position: int) -> Prompt:
         name = self._task.name
@@ -95,6 +104,10 @@ class FilePrompts:
     def fingerprint(self) -> str:
         return _digest(*self._contents, str(self._seed))
 
+    @property
+    def data_sources(self) -> set[str]:
+        return {row.data_source for row in self._rows}
+
     def prompt(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._rows))
         row = self._rows[self._order(epoch)[place]]
@@ -127,6 +140,10 @@ class BlendedPrompts:
     @property
     def fingerprint(self) -> str:
         return _digest(*(stream.fingerprint for stream in self._streams), repr(self._weights))
+
+    @property
+    def data_sources(self) -> set[str]:
+        return set().union(*(stream.data_sources for stream in self._streams))
 
     def prompt(self, position: int) -> Prompt:
         stream, within = self._blend.locate(position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -37,15 +38,14 @@ class Record:
     def __init__(
         self, folder: Path, step: int, fingerprint: str, judge: Judge, share: Share
     ) -> None:
+        self._folder = folder
         self._journal: Journal | None = None
         self._judge, self._share = judge, share
         self._verdicts: dict[Key, Future[Scored]] = {}
 
         def opened() -> tuple[dict[Key, Response], dict[Key, dict[str, Any]]]:
-            try:
+            with self._writing():
                 self._journal = Journal(folder, step, fingerprint)
-            except OSError as error:
-                raise StorageError(f"responses cannot be kept in {folder}: {error}") from error
             return self._journal.responses, self._journal.rewards
 
         self.responses, self._rewards = share(opened)
@@ -55,7 +55,8 @@ class Record:
 
     def __exit__(self, *_: object) -> None:
         if self._journal:
-            self._journal.close()
+            with self._writing():
+                self._journal.close()
 
     def completed(self, requests: Sequence[Request]) -> Iterator[Response]:
         """Responses to the requests that an interrupted run has paid for."""
@@ -66,9 +67,14 @@ class Record:
         )
 
     def add_response(self, prompt: Prompt, response: Response) -> None:
-        """Keep a response; its verifier works while others are drawn."""
+        """Keep a response; its verifier works while others are drawn.
+
+        Raises:
+            StorageError: the disk does not take it.
+        """
         if self._journal:
-            self._journal.add_response(response)
+            with self._writing():
+                self._journal.add_response(response)
             self._begin_to_judge(prompt, response)
 
     def judged(self, groups: Sequence[Group]) -> list[list[Scored]]:
@@ -101,8 +107,16 @@ class Record:
         rewards = {}
         for verdict in as_completed(keys):
             rewards[keys[verdict]] = reward_values(verdict.result())
-            self._journal.add_reward(keys[verdict], rewards[keys[verdict]])
+            with self._writing():
+                self._journal.add_reward(keys[verdict], rewards[keys[verdict]])
         return rewards
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"responses cannot be kept in {self._folder}: {error}") from error
 
 
 def key_of(one: Request | Response) -> Key:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
 
+from megatron_m1.checkpoint import agreement
 from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.rl.config import RLConfig
+from megatron_m1.rl.prompts import Prompts
 from megatron_m1.rl.recording import Judge
 from megatron_m1.rl.rewards.length_bias import LengthBias
 from megatron_m1.rl.rewards.scorer import Scorer
@@ -34,7 +36,7 @@ def rl_run(config: RLConfig) -> Iterator[RLRun]:
     transformer, chunks, optimizer = build_model(config, config.train)
     engine = build_engine(config, chunks, tokenizer)
     with (
-        _judge(config, tokenizer) as judge,
+        _judge(config, tokenizer, prompts) as judge,
         collecting(config, prompts, tokenizer, engine, judge) as collector,
     ):
         yield RLRun(
@@ -66,16 +68,24 @@ def build_engine(config: RLConfig, chunks: list[nn.Module], tokenizer: Tokenizer
 
 
 @contextmanager
-def _judge(config: RLConfig, tokenizer: Tokenizer) -> Iterator[Judge]:
-    """The verifiers, which the first process has."""
-    if dist.get_rank() != 0:
-        yield _nobody
-        return
-    with Scorer(
-        config.reward, lambda tokens: tokenizer.decode(tokens, skip_special=True)
-    ) as scorer:
-        scorer.prepare(task.name for task in config.data.tasks)
-        yield scorer.submit
+def _judge(config: RLConfig, tokenizer: Tokenizer, prompts: Prompts) -> Iterator[Judge]:
+    """The verifiers of all data sources, which the first process has.
+
+    Raises:
+        UserError: on every process, a data source has none, or it cannot run here.
+    """
+    with ExitStack() as stack:
+
+        def opened() -> Judge:
+            if dist.get_rank() != 0:
+                return _nobody
+            scorer = stack.enter_context(
+                Scorer(config.reward, lambda tokens: tokenizer.decode(tokens, skip_special=True))
+            )
+            scorer.prepare(sorted(prompts.data_sources))
+            return scorer.submit
+
+        yield agreement.everywhere(opened)
 
 
 def _nobody(prompt: Prompt, response: Response) -> Future[Scored]:

@@ -13,14 +13,16 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_m1 import launcher
 from megatron_m1.checkpoint import agreement
 from megatron_m1.checkpoint.folders import from_latest
 from megatron_m1.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_m1.config_checks import run_problems
 from megatron_m1.data.indexed import IndexedWriter
 from megatron_m1.data.tokenizer import Tokenizer
-from megatron_m1.errors import InputError
+from megatron_m1.errors import ConfigError, InputError
 from megatron_m1.files import whole
 from megatron_m1.pretrain import pretrain
 from megatron_m1.rl.config import RLConfig
@@ -37,10 +39,16 @@ def taught(config: RLConfig) -> RLConfig:
     its own exists. Collective.
 
     A model that the same configuration taught before is taken again.
+
+    Raises:
+        ConfigError: ``teach`` describes no run of pretraining.
     """
     if not config.teach.steps or agreement.on_first(lambda: from_latest(config.checkpoint_dir)):
         return config
     folder = Path(config.run_dir) / "taught"
+    problems = run_problems(_as_pretraining(config, folder), dist.get_world_size())
+    if problems:
+        raise ConfigError([f"teach, which is a run of pretraining: {one}" for one in problems])
     wanted = _fingerprint(config)
     if agreement.on_first(lambda: _known(folder)) == wanted:
         _say(f"{folder}: taught before")

@@ -57,6 +57,7 @@ class Numbers:
     """Prompts that are their own numbers."""
 
     fingerprint = "numbers"
+    data_sources = {"numbers"}
 
     def prompt(self, index: int) -> Prompt:
         return Prompt(index, "numbers", str(index), None)

@@ -109,6 +109,20 @@ def test_paused_responses_go_on_with_newer_weights(
     assert max(longest.versions.count(version) for version in longest.versions) <= 8
 
 
+def test_a_full_response_of_fewer_tokens_is_not_paused(
+    single_process: Layout, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """As of a server that tells texts, which are encoded again."""
+
+    class Shortening(DrawingEngine):
+        def _respond(self, request: Request) -> Response:
+            found = super()._respond(request)
+            return replace(found, finish="length", tokens=found.tokens[: WINDOW - 1])
+
+    batch = collector(tmp_path, tokenizer, Shortening()).collect(0, WINDOW)
+    assert len(batch.groups) == 4 and batch.paused == 0
+
+
 @pytest.mark.parametrize("changes", [{}, PAUSING], ids=["whole", "pausing"])
 def test_a_collector_goes_on_from_its_state(
     single_process: Layout, tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]

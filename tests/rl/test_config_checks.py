@@ -64,6 +64,15 @@ def test_what_can_run_has_no_problem() -> None:
         ),
         ({}, {**SILENT, "repetition_length": 9}, ("rollout.repetition_length=9", "use 0")),
         ({"windows": WindowsConfig([4, 8])}, SILENT, ("rl.windows.stages=[4, 8]", "use one")),
+        (ASYNCHRONOUS, SILENT, ("rl.max_staleness=2", "use 0")),
+        ({"overlong_buffer": 25}, {}, ("rl.overlong_buffer=25", "24")),
+        (
+            {"overlong_buffer": 9, "windows": WindowsConfig([8, 16])},
+            {},
+            ("rl.overlong_buffer=9", "8, the tokens of the shortest"),
+        ),
+        ({}, {"repetition_probability": 1.0}, ("rollout.repetition_probability=1.0", "between")),
+        ({}, {"stop": ["x", ""]}, ("rollout.stop=['x', '']", "empty")),
     ],
 )
 def test_what_cannot_run_is_one_sentence(

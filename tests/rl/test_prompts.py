@@ -85,6 +85,8 @@ def test_files_are_one_stream(tmp_path):
     stream = FilePrompts(paths, seed=0)
     assert len(stream) == 4
     assert Counter(stream.prompt(i).data_source for i in range(4)) == {"a": 2, "b": 2}
+    blend = BlendedPrompts([stream, TaskPrompts(make_task("sorting"), 0)], [1, 1])
+    assert blend.data_sources == {"a", "b", "sorting"}
 
 
 def test_conversations_need_a_chat_template(tmp_path):

@@ -62,7 +62,8 @@ class SoftwareConfig:
     protected: list[str] = field(
         default_factory=lambda: [
             *("tests/*", "*/tests/*", "test/*", "*/test/*", "test_*.py", "*_test.py"),
-            *("conftest.py", "pytest.ini", "tox.ini", "setup.cfg", "pyproject.toml"),
+            *("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml"),
+            *("tox.ini", "setup.cfg", "pyproject.toml"),
         ]
     )
     limits: Limits = field(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -103,6 +104,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 pass_fds=(theirs.fileno(),),
+                start_new_session=True,
             )
         self._connection.send(config)
 
@@ -121,7 +123,9 @@ class _Worker:
         return answer
 
     def kill(self) -> None:
-        self._process.kill()
+        """End the process, and what a verifier started in it."""
+        if self._process.returncode is None:  # else its number may be another's
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def disconnect(self) -> None:

@@ -13,11 +13,11 @@ from megatron_m1.rl.rollout.client import Client, Counts, Rejected, Send, Server
 from megatron_m1.rl.rollout.config import HttpConfig
 from megatron_m1.rl.rollout.engine import Request
 from megatron_m1.rl.rollout.servers import (
+    ENDS,
     Completion,
     Published,
     body,
     completion,
-    model_name,
     tag,
 )
 from megatron_m1.rl.samples import Response
@@ -152,9 +152,10 @@ class Asking:
     def _attempt(self, request: Request, send: Send) -> tuple[Completion, int]:
         # An attempt after new weights were given asks for those.
         weights = self._weights()
-        model = model_name(self._config, weights)
-        answer = send(body(self._config.server, model, request, self._tokenizer))
+        answer = send(body(self._config, weights, request, self._tokenizer))
         drawn = self._completion(answer, request)
+        if drawn.finish not in ENDS:
+            raise Rejected(f"it gave a response up, finish_reason={drawn.finish}")
         wanted = tag(self._config, weights)
         if drawn.weights != wanted:
             self._counts.add(stale=1)

@@ -50,7 +50,9 @@ class HttpEngine:
     ) -> Iterator[Response]:
         """See ``Engine``. A server keeps no state of what is paused, and tells no part of it."""
         self.open()
-        asking = self._ask(requests, stop_after) if dist.get_rank() == 0 else None
+        asking = agreement.everywhere(
+            lambda: self._ask(requests, stop_after) if dist.get_rank() == 0 else None
+        )
         try:
             # Only the first process evaluates it.
             while (

@@ -26,6 +26,9 @@ FORMATS = {
 }
 """What each server loads: a format of ``conversion.families``, or our own checkpoints."""
 
+ENDS = ("stop", "length", "repetition")
+"""Why a response that has ended did."""
+
 _SEEDS = 2**31
 
 
@@ -49,7 +52,7 @@ class Completion:
     Attributes:
         raw, sampled: log-probabilities under the model at temperature 1 and in the distribution
             that was drawn from; NaN where the server does not tell them.
-        finish: stop, by its stop token or a stop text, length or repetition.
+        finish: one of ``ENDS``, stop being a stop token or text; or why the server gave it up.
         weights: whose it is, in the server's words.
         encoded_otherwise: the server drew another number of tokens than these, which are those of
             its text.
@@ -93,13 +96,15 @@ def tag(config: HttpConfig, weights: Published) -> str:
     return weights.name if config.server == "sglang" else model_name(config, weights)
 
 
-def body(server: str, model: str, request: Request, tokenizer: Tokenizer) -> dict[str, Any]:
+def body(
+    config: HttpConfig, weights: Published, request: Request, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """The JSON of a request to ``/v1/completions`` for what is still to be drawn."""
-    sampling = request.sampling
+    server, sampling = config.server, request.sampling
     done = request.begun.tokens if request.begun else []
     tokens = [*request.prompt, *done]
     left = sampling.max_new_tokens - len(done)
-    asked: dict[str, Any] = {"model": model, "max_tokens": left}
+    asked: dict[str, Any] = {"model": model_name(config, weights), "max_tokens": left}
     if sampling.stop:
         asked["stop"] = list(sampling.stop)
     if server == "megatron_m1":
@@ -125,6 +130,8 @@ def body(server: str, model: str, request: Request, tokenizer: Tokenizer) -> dic
         "return_token_ids": True,
         "skip_special_tokens": False,
         **({"no_stop_trim": True} if server == "sglang" else {"include_stop_str_in_output": True}),
+        # What vLLM keeps of prompts outlives the weights that read them.
+        **({"cache_salt": weights.name} if server == "vllm" else {}),
     }
 
 
@@ -216,7 +223,8 @@ def _from_ids(
         raw, sampled = _both(told, config.logprobs_are, request)
     tokens = [int(token) for token in tokens]
     # Where the stop token itself is left out, it was drawn all the same.
-    if finish == "stop" and choice.get("stop_reason") is None and tokens[-1:] != [tokenizer.eod]:
+    by_text = choice.get("stop_reason") is not None or isinstance(choice.get("matched_stop"), str)
+    if finish == "stop" and not by_text and tokens[-1:] != [tokenizer.eod]:
         tokens, raw, sampled = [*tokens, tokenizer.eod], [*raw, math.nan], [*sampled, math.nan]
     weights = answer["metadata"]["weight_version"] if config.server == "sglang" else answer["model"]
     return Completion(tokens, raw, sampled, finish, str(weights))

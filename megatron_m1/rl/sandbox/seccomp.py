@@ -1,8 +1,9 @@
 """A filter of system calls for programs in a sandbox, as Linux reads it (seccomp, classic BPF).
 
 Namespaces hide files, processes and network. The filter takes away what remains and no solution of
-a problem needs: making namespaces, mounting, looking into other processes, and memory that no limit
-counts (``memfd_create``, System V segments and queues). Refused calls fail with EPERM.
+a problem needs: making namespaces, mounting, looking into other processes, sockets to the host of a
+virtual machine (no namespace of networks holds them), and memory that no limit counts
+(``memfd_create``, System V segments and queues). Refused calls fail with EPERM.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ _X32 = 0x40000000
 _NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW* flag of clone
 
 _CLONE3 = 435  # its flags lie in memory, where a filter cannot look; libraries fall back to clone
+_VSOCK = 40  # family of sockets between a virtual machine and its host
 _BY_ARCHITECTURE = {
-    "x86_64": (0xC000003E, 56),
-    "aarch64": (0xC00000B7, 220),
+    "x86_64": (0xC000003E, 56, 41),
+    "aarch64": (0xC00000B7, 220, 198),
 }
-"""The audit code of an architecture and its number of ``clone``."""
+"""The audit code of an architecture and its numbers of ``clone`` and ``socket``."""
 _REFUSED = {
     "x86_64": {
         **{"shmget": 29, "msgget": 68, "ptrace": 101, "pivot_root": 155, "chroot": 161},
@@ -53,7 +55,7 @@ def system_call_filter(machine: str | None = None) -> bytes | None:
     machine = machine or platform.machine()
     if machine not in _BY_ARCHITECTURE:
         return None
-    audit_code, clone = _BY_ARCHITECTURE[machine]
+    audit_code, clone, socket = _BY_ARCHITECTURE[machine]
     refused = {**_REFUSED[machine], **_REFUSED_EVERYWHERE}
     program = [
         _step(_LOAD, _ARCHITECTURE),
@@ -65,12 +67,21 @@ def system_call_filter(machine: str | None = None) -> bytes | None:
     for number in sorted(refused.values()):
         program += _unless_skipped(_EQUAL, number, _ERRNO | _EPERM)
     program += [
-        _step(_EQUAL, clone, jump_unmet=3),
-        _step(_LOAD, _FIRST_ARGUMENT),
-        *_unless_skipped(_ANY_BIT, _NEW_NAMESPACES, _ERRNO | _EPERM),
+        *_refused_with(clone, _ANY_BIT, _NEW_NAMESPACES),
+        *_refused_with(socket, _EQUAL, _VSOCK),
         _step(_RETURN, _ALLOW),
     ]
     return b"".join(program)
+
+
+def _refused_with(number: int, test: int, value: int) -> list[bytes]:
+    """Decide on a call by its first argument; other calls go on to the next step."""
+    return [
+        _step(_EQUAL, number, jump_unmet=4),
+        _step(_LOAD, _FIRST_ARGUMENT),
+        *_unless_skipped(test, value, _ERRNO | _EPERM),
+        _step(_RETURN, _ALLOW),
+    ]
 
 
 def _unless_skipped(test: int, value: int, result: int, *, met: bool = False) -> list[bytes]:

@@ -14,6 +14,8 @@ from megatron_m1.rl.tasks.task import Problem, check_knob
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 # More tokens a number than an expression needs, so that parentheses cannot nest without end.
 _TOKENS_A_NUMBER = 6
+# Draws within which knobs that make problems at all have made one.
+_TRIES = 20_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Countdown:
         check_knob(self.name, "largest_target", self.largest_target, self.largest, 10**6)
         if not self.operators or set(self.operators) - set("+-*/"):
             raise ValueError(f"countdown: operators is {self.operators!r}; give some of +-*/")
+        random = Random(0)
+        if not any(self._drawn(random) for _ in range(_TRIES)):
+            raise ValueError(
+                f"countdown: {self} makes no problem; give more operators, or larger largest and "
+                "largest_target"
+            )
 
     @classmethod
     def at(cls, difficulty: int) -> Countdown:
@@ -47,11 +55,16 @@ class Countdown:
         return cls(numbers=difficulty + 2)
 
     def problem(self, random: Random) -> Problem:
-        while True:
-            numbers = [random.randint(1, self.largest) for _ in range(self.numbers)]
-            found = _combined(random, [_Part(n, str(n), 3) for n in numbers], self.operators)
-            if found and found.value <= self.largest_target:
-                break
+        while not (problem := self._drawn(random)):
+            pass
+        return problem
+
+    def _drawn(self, random: Random) -> Problem | None:
+        """A problem, where the numbers and operators that are drawn make one."""
+        numbers = [random.randint(1, self.largest) for _ in range(self.numbers)]
+        found = _combined(random, [_Part(n, str(n), 3) for n in numbers], self.operators)
+        if not found or found.value > self.largest_target:
+            return None
         given = " ".join(map(str, numbers))
         truth = {"target": found.value, "numbers": numbers}
         return Problem(f"make {found.value}:{given}=", found.text, truth)

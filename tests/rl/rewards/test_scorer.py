@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,15 @@ def test_a_verifier_that_hangs_costs_its_slot_no_more_than_its_time(text: str) -
         assert found[0].details == {"timeout": 1.0}
         assert elapsed < 8
         assert not judged(opened, "score 1")[0].failed
+
+
+def test_what_a_verifier_started_ends_with_its_slot(tmp_path: Path) -> None:
+    with scorer(slots=1, seconds=1.0) as opened:
+        (found,) = judged(opened, f"start {tmp_path / 'process'}")
+        assert found.failed
+    started = int((tmp_path / "process").read_text())
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(started).status() == psutil.STATUS_ZOMBIE
 
 
 def test_every_slot_hangs_and_is_there_again() -> None:

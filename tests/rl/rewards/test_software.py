@@ -137,6 +137,7 @@ REFUSED = {
     "adds a configuration of tests": new_file("conftest.py", "collect_ignore = ['tests']\n"),
     "adds one below": new_file("calc/conftest.py", "x = 1\n"),
     "adds an option": new_file("pytest.ini", "[pytest]\naddopts = -p calc.plugin\n"),
+    "adds a hidden option": new_file(".pytest.ini", "[pytest]\naddopts = -p calc.plugin\n"),
     "makes a test an executable file": (
         "diff --git a/tests/test_numbers.py b/tests/test_numbers.py\n"
         "old mode 100644\nnew mode 100755\n"

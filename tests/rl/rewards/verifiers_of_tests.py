@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -30,6 +32,12 @@ def on_stuck(rest: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
     while True:
         time.sleep(1)
+
+
+def on_start(rest: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
+    """Starts a program that outlives it, and hangs."""
+    Path(rest).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    return on_sleep("60", ground_truth, extra_info)
 
 
 def on_raise(rest: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_m1.rl.rollout.config import HttpConfig
 from megatron_m1.rl.rollout.engine import SamplingParams
 from megatron_m1.rl.samples import Response
 from parallel.layout import Layout
+from tests.distributed import Pool
 from tests.rl.rollout.answers import EOD, REQUEST, SAMPLING, TOKENIZER, answer, drawn, engine
 from tests.rl.rollout.scripted import Answer, server
 
@@ -61,7 +63,12 @@ IDS = {
         ),
         (
             {"server": "vllm", "model": "m"},
-            {"model": "m", "include_stop_str_in_output": True, "seed": 323752561},
+            {
+                "model": "m",
+                "include_stop_str_in_output": True,
+                "seed": 323752561,
+                "cache_salt": "policy-0",
+            },
         ),
         (
             {"server": "sglang", "model": "m"},
@@ -87,6 +94,18 @@ def test_the_key_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
         list(engine(served.url, key_variable="SERVER_KEY").generate([REQUEST]))
 
 
+def refused() -> str:
+    options = {"server": "transformers", "key_variable": "KEY_OF_NOBODY"}
+    with pytest.raises(InputError) as refusal:
+        list(engine("http://127.0.0.1:9", **options).generate([REQUEST]))
+    return str(refusal.value)
+
+
+def test_a_key_that_is_missing_ends_all_processes(ranks: Callable[[int], Pool]) -> None:
+    first, second = ranks(2).run(refused)
+    assert first == second and "KEY_OF_NOBODY" in first
+
+
 def test_an_answer_becomes_a_response() -> None:
     tokens = [20, 21, EOD]
     (found,), asking = drawn(lambda n, body: (200, answer("policy-0", tokens, "stop")))
@@ -102,6 +121,24 @@ def test_a_stop_token_that_is_left_out_was_drawn() -> None:
     assert found.tokens == [20, EOD] and math.isnan(found.raw_logprobs[1])
     (found,), _ = drawn(lambda n, body: (200, answer("policy-0", [20], "stop", stop_reason="x")))
     assert found.tokens == [20]
+
+
+def test_sglang_names_the_stop_text_in_a_field_of_its_own() -> None:
+    options = {"server": "sglang", "model": "m"}
+    given = answer("policy-0", [20], "stop", matched_stop="x")
+    (found,), _ = drawn(lambda n, body: (200, given), **options)
+    assert found.tokens == [20]
+    given = answer("policy-0", [20], "stop", matched_stop=EOD)
+    (found,), _ = drawn(lambda n, body: (200, given), **options)
+    assert found.tokens == [20, EOD]
+
+
+def test_a_response_that_a_server_gave_up_is_drawn_again() -> None:
+    (found,), asking = drawn(
+        lambda n, body: (200, answer("policy-0", [20 + n], "length" if n else "abort"))
+    )
+    assert (found.tokens, found.finish) == ([21], "length")
+    assert asking.counts.taken()["retries"] == 1
 
 
 @pytest.mark.parametrize(("told", "raw_is_known"), [("raw", True), ("sampled", False)])

@@ -56,6 +56,13 @@ def test_namespaces(machine: str) -> None:
     assert decide(machine, 435) == ENOSYS
 
 
+@each_machine
+def test_sockets_to_the_host_of_a_virtual_machine(machine: str) -> None:
+    socket = {"x86_64": 41, "aarch64": 198}[machine]
+    assert [decide(machine, socket, family) for family in (1, 2, 10)] == [ALLOWED] * 3
+    assert decide(machine, socket, 40) == EPERM
+
+
 def test_calls_of_another_architecture() -> None:
     assert decide("x86_64", READ["x86_64"], audit=0x40000003) == KILLED
     assert decide("x86_64", 0x40000000 | READ["x86_64"]) == ENOSYS

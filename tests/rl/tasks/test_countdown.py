@@ -58,6 +58,18 @@ def test_every_number_must_be_used_once():
     assert compute_score("countdown", "9+3*5", {**TRUTH, "target": 24}) == 0.0
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"operators": "-", "largest": 1},
+        {"operators": "+", "numbers": 8, "largest": 5, "largest_target": 7},
+    ],
+)
+def test_knobs_that_make_no_problem_are_refused(knobs):
+    with pytest.raises(ValueError, match="makes no problem; give more operators"):
+        make_task("countdown", **knobs)
+
+
 @pytest.mark.parametrize("operators", ["+", "*", "*/", "+-*/"])
 def test_problems_keep_to_their_knobs(operators):
     task = make_task(
