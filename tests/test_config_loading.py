@@ -36,7 +36,7 @@ def refused(*overrides: str) -> list[str]:
         ("model.hiden=3", "unknown key model.hiden: did you mean model.hidden_size?"),
         ("train.step=3", "unknown key train.step: did you mean train.steps?"),
         ("tp=2", "unknown key tp: did you mean parallel.tp?"),
-        ("optim.steps=2", "unknown key optim.steps: did you mean train.steps?"),
+        ("optim.steps=2", "unknown key optim.steps: did you mean train.steps or "),
         ("+model.zzz=1", "unknown key +model.zzz: did you mean model?"),
         ("zzzzzz=1", "unknown key zzzzzz: the keys begin with model, parallel, optim, checkpoint"),
         ("rollout=native", "unknown key rollout: "),
@@ -56,7 +56,7 @@ def test_arguments_that_name_no_key(argument: str, problem: str) -> None:
     ("argument", "problem"),
     [
         ("model=big", "model=big is not one of demo_rl, m1_100m, m1_1b,"),
-        ("experiment=foo", "experiment=foo is not one of m1_100m, m1_1b,"),
+        ("experiment=foo", "experiment=foo is not one of compare_rl, m1_100m,"),
         ("model={", "model={ cannot be read: no viable alternative at input '{'"),
         ("run_dir=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],
