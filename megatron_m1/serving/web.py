@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import select
@@ -65,10 +66,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, route: Any) -> None:
         try:
-            content = self._content()
-            if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            if not self._may_ask():
+                # Nothing more is read of who has no key.
+                self.close_connection = True
                 self._send(401, _error(401, "the key of Authorization is not the server's"))
-            elif route is None:
+                return
+            content = self._content()
+            if route is None:
                 self._send(404, _error(404, f"there is no {self.command} {self.path}"))
             else:
                 self._send(200, route(content))
@@ -80,6 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:
             traceback.print_exc()
             self._send(500, _error(500, f"{type(error).__name__}: {error}"))
+
+    def _may_ask(self) -> bool:
+        given, wanted = self.headers.get("Authorization", ""), f"Bearer {self.server.key}"
+        return not self.server.key or hmac.compare_digest(given.encode(), wanted.encode())
 
     def _content(self) -> bytes:
         length = self.headers.get("Content-Length", "0" if self.command == "GET" else "")

@@ -128,6 +128,13 @@ def test_a_key_is_asked_for(monkeypatch: pytest.MonkeyPatch, service: Repeating)
     with listening(config, service) as url:  # type: ignore[arg-type]
         body = {"prompt": [9]}
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+        wrong = {"Authorization": "Bearer sécret".encode()}
+        assert httpx.post(f"{url}/v1/completions", json=body, headers=wrong).status_code == 401
+        with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port)) as connection:
+            # It is not waited for the content of somebody without a key.
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n")
+            connection.settimeout(5)
+            assert b" 401 " in connection.recv(1000)
         headers = {"Authorization": "Bearer secret"}
         assert httpx.post(f"{url}/v1/completions", json=body, headers=headers).status_code == 200
 
