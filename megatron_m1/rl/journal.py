@@ -64,7 +64,10 @@ class Journal:
         os.close(self._file)
 
     def _append(self, line: dict[str, Any]) -> None:
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        data = (json.dumps(line) + "\n").encode()
+        while data:
+            # A disk that fills up takes a part: the rest raises, and half a line is cut off later.
+            data = data[os.write(self._file, data) :]
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file)
             self._synced = time.monotonic()

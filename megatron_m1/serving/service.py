@@ -87,6 +87,7 @@ class Service:
         self._orders: deque[_Order] = deque()
         self._arrived = threading.Condition()
         self._futures: dict[int, Future[Any]] = {}
+        self._is_over = False
         self._tickets = itertools.count(1)
         self._numbers: dict[int, int] = {}  # from tickets to those of the generation
         self.weights: Weights | None = Weights(config.server.name or str(loaded.path), 0)
@@ -131,6 +132,8 @@ class Service:
         ticket, future = next(self._tickets), Future[Any]()
         with self._arrived:
             self._futures[ticket] = future
+            if self._is_over:
+                self._fail(ticket, Unavailable("the server ends"))
             self._orders.append(order(ticket))
             self._arrived.notify()
         return ticket, future
@@ -238,5 +241,6 @@ class Service:
 
     def _refuse_all(self) -> None:
         with self._arrived:
+            self._is_over = True
             for ticket in list(self._futures):
                 self._fail(ticket, Unavailable("the server ends"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def reopened(folder: Path, fingerprint: str = "a") -> Journal:
     journal = Journal(folder, 4, fingerprint)
     journal.close()
     return journal
+
+
+def test_a_disk_that_takes_a_line_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, write = Journal(tmp_path, 4, "a"), os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda file, data: write(file, data[:7]))
+        journal.add_response(response(0))
+        journal.add_response(response(1))
+    journal.close()
+    assert set(reopened(tmp_path).responses) == {(3, 0), (3, 1)}
 
 
 def test_what_was_written_is_read_exactly(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,10 @@ import numpy as np
 import pytest
 
 from megatron_m1.inference.generation import Generator
+from megatron_m1.inference.load import load_tokenizer
 from megatron_m1.inference.requests import Continuation, SamplingParams, Sequence
+from megatron_m1.serving.protocol import Weights
+from megatron_m1.serving.service import Service
 from parallel.layout import Layout
 from tests.distributed import Pool
 from tests.serving.served import TOKENIZER, begin, complete, serve, write_weights
@@ -248,3 +252,16 @@ def test_a_caller_who_leaves_frees_a_slot(
 
 def wait_behind(path: Path) -> float:
     return serve(Layout(), path, hang_up, slots=1, max_length=100_100)
+
+
+def test_who_comes_after_the_end_is_told(ranks: Callable[[int], Pool], weights: list[Path]) -> None:
+    assert ranks(1).run(ask_after_the_end, weights[0]) == ["the server ends"]
+
+
+def ask_after_the_end(path: Path) -> str:
+    config, loaded = begin(Layout(), path)
+    stop = threading.Event()
+    service = Service(config, loaded, load_tokenizer(None, config.eod, loaded), stop)
+    stop.set()
+    service.run()
+    return str(service.load(str(path), Weights("late", 1)).exception(timeout=5))
